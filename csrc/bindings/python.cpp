@@ -1,0 +1,163 @@
+// python.cpp: the core as a Python module over the buffer protocol. No arithmetic, no checks: the
+// rules for arguments live in src/fusebn/_spec.py, and every array that arrives here is dense,
+// aligned, of the stated type and size.
+//
+// An array is taken by its address. NumPy's bfloat16 (ml_dtypes) exports neither DLPack nor a buffer
+// with a format, but it does export one without: so the element type travels as a number.
+#include <nanobind/nanobind.h>
+
+#include "batch_norm.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// The address of an array, held for the time of the call; None is null.
+template <bool writable>
+struct Address {
+  void* data = nullptr;
+  template <class T>
+  auto as() const {
+    if constexpr (writable)
+      return static_cast<T*>(data);
+    else
+      return static_cast<const T*>(data);
+  }
+};
+using In = Address<false>;
+using Out = Address<true>;
+
+}  // namespace
+
+namespace nanobind::detail {
+
+template <bool writable>
+struct type_caster<Address<writable>> {
+  NB_TYPE_CASTER(Address<writable>, const_name("array or None"))
+
+  bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
+    if (source.is_none()) return true;
+    if (PyObject_GetBuffer(source.ptr(), &view, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0))) {
+      PyErr_Clear();
+      return false;
+    }
+    held = true;
+    value.data = view.buf;
+    return true;
+  }
+  ~type_caster() {
+    if (held) PyBuffer_Release(&view);
+  }
+
+  Py_buffer view;
+  bool held = false;
+};
+
+}  // namespace nanobind::detail
+
+namespace {
+
+using namespace fusebn;
+
+// Calls f.operator()<T>() for the element type of that number: _spec.ELEMENT_TYPES has the order.
+template <class F>
+auto with_type(int type, F f) {
+  switch (type) {
+    case 0: return f.template operator()<float16>();
+    case 1: return f.template operator()<bfloat16>();
+    case 2: return f.template operator()<float>();
+    default: return f.template operator()<double>();
+  }
+}
+
+double py_moments(int type, int64_t outer, int64_t channels, int64_t inner, In x, In weights,
+                  Out mean, Out m2) {
+  nb::gil_scoped_release released;
+  return with_type(type, [&]<class T>() {
+    return verbs<T>().moments(x.as<T>(), {outer, channels, inner}, weights.as<Stat<T>>(),
+                              mean.as<double>(), m2.as<double>(), pool());
+  });
+}
+
+double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x, bool training,
+                  In mean, In variance, In weights, In scale, In offset, In residual,
+                  int activation, double epsilon, double correction, double factor, Out y,
+                  Out mean_out, Out variance_out, Out batch_mean, Out batch_variance) {
+  nb::gil_scoped_release released;
+  return with_type(type, [&]<class T>() {
+    using S = Stat<T>;
+    return forward<T>({.block = {outer, channels, inner},
+                       .x = x.as<T>(),
+                       .training = training,
+                       .mean = mean.as<S>(),
+                       .variance = variance.as<S>(),
+                       .weights = weights.as<S>(),
+                       .scale = scale.as<S>(),
+                       .offset = offset.as<S>(),
+                       .residual = residual.as<T>(),
+                       .activation = Activation(activation),
+                       .epsilon = epsilon,
+                       .correction = correction,
+                       .factor = factor,
+                       .y = y.as<T>(),
+                       .mean_out = mean_out.as<S>(),
+                       .variance_out = variance_out.as<S>(),
+                       .batch_mean = batch_mean.as<double>(),
+                       .batch_variance = batch_variance.as<double>()},
+                      pool());
+  });
+}
+
+void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x,
+                 bool training, In mean, In variance, In weights, In scale, In offset, In residual,
+                 int activation, double epsilon, In dmean, In dvariance, Out dx, Out dresidual,
+                 Out dscale, Out doffset) {
+  nb::gil_scoped_release released;
+  with_type(type, [&]<class T>() {
+    using S = Stat<T>;
+    gradient<T>({.block = {outer, channels, inner},
+                 .dy = dy.as<T>(),
+                 .x = x.as<T>(),
+                 .training = training,
+                 .normalization = {mean.as<double>(), variance.as<double>(), epsilon, scale.as<S>(),
+                                   offset.as<S>(), residual.as<T>(), Activation(activation)},
+                 .weights = weights.as<S>(),
+                 .dmean = dmean.as<S>(),
+                 .dvariance = dvariance.as<S>(),
+                 .dx = dx.as<T>(),
+                 .dresidual = dresidual.as<T>(),
+                 .dscale = dscale.as<S>(),
+                 .doffset = doffset.as<S>()},
+                pool());
+  });
+}
+
+nb::list py_instruction_sets() {
+  nb::list names;
+  for (const char* const* name = instruction_sets(); *name; ++name) names.append(nb::str(*name));
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  // None stands for null in every array argument.
+  const auto array = [](const char* name) { return nb::arg(name).none(); };
+  m.def("moments", &py_moments, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
+        nb::arg("inner"), array("x"), array("weights"), array("mean"), array("m2"));
+  m.def("forward", &py_forward, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
+        nb::arg("inner"), array("x"), nb::arg("training"), array("mean"), array("variance"),
+        array("weights"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
+        nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("y"),
+        array("mean_out"), array("variance_out"), array("batch_mean"), array("batch_variance"));
+  m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
+        nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
+        array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),
+        nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"), array("dx"),
+        array("dresidual"), array("dscale"), array("doffset"));
+  m.def("get_num_threads", &get_num_threads);
+  m.def("set_num_threads", &set_num_threads, nb::arg("count"));
+  m.def("instruction_sets", &py_instruction_sets);
+  m.def("instruction_set", &instruction_set);
+  m.def("set_instruction_set", &choose_instruction_set, nb::arg("name"));
+}

@@ -1,0 +1,213 @@
+// backward.cpp: the gradient of normalize and of the statistics behind it, in two passes.
+//
+//   z  = (x - mean) * scale * rstd + offset + residual          recomputed, not stored
+//   g  = dy * activation'(z)                                    this is dresidual, too
+//   sum_g = sum of g,   sum_g_x = sum of g * (x - mean)         backward_sums
+//   dx = a * g + w * (p + q * (x - mean))                       backward, with a = scale * rstd and
+//   p  = (dmean - a * sum_g) / count
+//   q  = (2 * dvariance - a * rstd^2 * sum_g_x) / count
+//
+// (Ioffe and Szegedy 2015, section 3, with their sums taken out; w is the weight of the position.)
+// Between the two verbs several devices may add their sums.
+//
+// Safety. Both centre x by the rounded mean m and correct the sums by mean - m (affine.h). The sums
+// of a run stay in the lanes and are joined in double, as in moments.cpp. a * g is rounded before the
+// rest is added, so that a batch of one, where they cancel, gives 0.
+#include "affine.h"
+
+namespace fusebn::FUSEBN_TARGET {
+namespace {
+
+template <class T, Activation A>
+struct Sums {
+  using S = Stat<T>;
+  using V = Vec<S>;
+  struct Constants {
+    V m, a, b;
+  };
+
+  const T* dy;
+  const T* x;
+  const T* residual;
+  const S* m;  // of all channels, like a and b
+  const S* a;
+  const S* b;
+  double* sum_g;    // of the task's channels
+  double* sum_g_x;  // with x - m
+  int64_t c0;
+
+  void begin(int64_t, int64_t) {}
+
+  template <class L>
+  FUSEBN_INLINE Constants constants(int64_t c, L lanes) const {
+    return {load(m + c, lanes), load(a + c, lanes), load(b + c, lanes)};
+  }
+  FUSEBN_INLINE Constants constant(int64_t c) const {
+    return {splat(m[c]), splat(a[c]), splat(b[c])};
+  }
+
+  template <bool rows, class L>
+  FUSEBN_INLINE void terms(int64_t e, int64_t, const Constants& k, L lanes, V& u, V& v) const {
+    const V centred = load(x + e, lanes) - k.m;
+    V g = load(dy + e, lanes);  // 0 in dead lanes, and so is what is added
+    if constexpr (A != Activation::identity)
+      g = chain<A>(g, preactivation(centred, k.a, k.b, residual, e, lanes));
+    u = u + g;
+    v = fma(g, centred, v);
+  }
+
+  FUSEBN_INLINE void join(int64_t c, int64_t n, const S* u, const S* v) {
+    double* const to_u = sum_g + (c - c0);
+    double* const to_v = sum_g_x + (c - c0);
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      to_u[j] += u[j];
+      to_v[j] += v[j];
+    }
+  }
+};
+
+template <class T, Activation A>
+void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>* m, const Stat<T>* a,
+             const Stat<T>* offset, double* sum_g, double* sum_g_x, Executor& executor) {
+  const int64_t channels = b.channels;
+  const Cut cut(b);
+  Scratch<double> partial_g(cut.chunks * channels), partial_g_x(cut.chunks * channels);
+  const auto task = [&](int64_t index) {
+    const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
+    const int64_t c1 = least(c0 + cut.group, channels);
+    double* const task_g = partial_g + (chunk * channels + c0);
+    double* const task_g_x = partial_g_x + (chunk * channels + c0);
+    for (int64_t c = 0; c < c1 - c0; ++c) task_g[c] = task_g_x[c] = 0;
+    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, c0};
+    reduce<Stat<T>>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0,
+                    c1);
+  };
+  executor.run(cut.chunks * cut.groups, Task::of(task));
+  for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
+  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk)
+    for (int64_t c = 0; c < channels; ++c) {
+      sum_g[c] += partial_g[chunk * channels + c];
+      sum_g_x[c] += partial_g_x[chunk * channels + c];
+    }
+}
+
+template <class T, Activation A>
+struct Backward {
+  using S = Stat<T>;
+  using V = Vec<S>;
+  const T* dy;
+  const T* x;
+  const T* residual;
+  const S* weights;
+  T* dx;
+  T* dresidual;
+  bool training;
+
+  template <bool rows, class L>
+  FUSEBN_INLINE void visit(int64_t e, int64_t position, const V (&k)[5], L lanes) const {
+    const auto& [m, a, b, p, q] = k;
+    V g = load(dy + e, lanes), centred;
+    if (A != Activation::identity || training) centred = load(x + e, lanes) - m;
+    if constexpr (A != Activation::identity)
+      g = chain<A>(g, preactivation(centred, a, b, residual, e, lanes));
+    V result = a * g;
+    if (training) {
+      V through = fma(centred, q, p);
+      if (weights) {
+        V w;
+        if constexpr (rows)
+          w = splat(weights[position]);
+        else
+          w = load(weights + position, lanes);
+        const V zero = splat(S(0));
+        through = where_less(zero, w, w * through, zero);
+      }
+      result = result + through;
+    }
+    store(dx + e, result, lanes);
+    if (dresidual) store(dresidual + e, g, lanes);
+  }
+};
+
+}  // namespace
+
+template <class T>
+void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, double* sum_g,
+                   double* sum_g_x, Executor& executor) {
+  using S = Stat<T>;
+  const int64_t channels = b.channels;
+  for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
+  if (b.elements() == 0) return;
+
+  const Folded folded(b, Vec<S>::kLanes);
+  const int64_t copies = folded.main.channels;
+  Scratch<S> m(copies), a(copies), offset(copies);
+  for (int64_t c = 0; c < channels; ++c) {
+    const Affine affine(n, c);
+    m[c] = S(n.mean[c]);
+    a[c] = S(affine.a);
+    offset[c] = S(affine.b(n, c));
+  }
+  for (int64_t c = channels; c < copies; ++c) {
+    m[c] = m[c - channels];
+    a[c] = a[c - channels];
+    offset[c] = offset[c - channels];
+  }
+  Scratch<double> part_g(copies), part_g_x(copies);
+  with_activation(n.activation, [&]<Activation A>() {
+    const auto add = [&](int64_t at, Block part, int64_t fold) {
+      sums_of<T, A>(dy + at, x + at, n.residual ? n.residual + at : nullptr, part, m, a, offset,
+                    part_g, part_g_x, executor);
+      for (int64_t copy = 0; copy < fold; ++copy)
+        for (int64_t c = 0; c < channels; ++c) {
+          sum_g[c] += part_g[copy * channels + c];
+          sum_g_x[c] += part_g_x[copy * channels + c];
+        }
+    };
+    add(0, folded.main, folded.fold);
+    if (folded.rest.outer) add(folded.rest_at, folded.rest, 1);
+  });
+  for (int64_t c = 0; c < channels; ++c) sum_g_x[c] -= Affine(n, c).m_low * sum_g[c];
+}
+
+template <class T>
+void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
+              const StatisticsGradient<T>* statistics, const Stat<T>* weights, T* dx, T* dresidual,
+              Executor& executor) {
+  using S = Stat<T>;
+  if (b.elements() == 0) return;
+  // Nothing flows through the statistics of a batch of which nothing was counted.
+  const bool training = statistics && statistics->count > 0;
+  ChannelConstants<S, 5> constants(b);
+  for (int64_t c = 0; c < b.channels; ++c) {
+    const Affine affine(n, c);
+    double p = 0, q = 0;
+    if (training) {
+      const auto& s = *statistics;
+      const double dmean = s.dmean ? double(s.dmean[c]) : 0;
+      const double dvariance = s.dvariance ? double(s.dvariance[c]) : 0;
+      q = (2 * dvariance - affine.a * affine.rstd * affine.rstd * s.sum_g_x[c]) / s.count;
+      // a as the lanes have it, so that a batch of one cancels exactly.
+      p = (dmean - double(S(affine.a)) * s.sum_g[c]) / s.count - q * affine.m_low;
+    }
+    constants.set(c, {S(n.mean[c]), S(affine.a), S(affine.b(n, c)), S(p), S(q)});
+  }
+  constants.seal();
+  with_activation(n.activation, [&]<Activation A>() {
+    map(Backward<T, A>{dy, x, n.residual, training ? weights : nullptr, dx, dresidual, training}, b,
+        constants, training && weights, executor);
+  });
+}
+
+#define FUSEBN_INSTANTIATE(T)                                                                      \
+  template void backward_sums<T>(const T*, const T*, Block, const Normalization<T>&, double*,      \
+                                 double*, Executor&);                                              \
+  template void backward<T>(const T*, const T*, Block, const Normalization<T>&,                    \
+                            const StatisticsGradient<T>*, const Stat<T>*, T*, T*, Executor&);
+FUSEBN_INSTANTIATE(float16)
+FUSEBN_INSTANTIATE(bfloat16)
+FUSEBN_INSTANTIATE(float)
+FUSEBN_INSTANTIATE(double)
+
+}  // namespace fusebn::FUSEBN_TARGET

@@ -1,0 +1,124 @@
+// fused.cpp: forward and gradient, the two compositions of the four verbs.
+//
+//   forward:   moments -> the statistics returned -> normalize
+//   gradient:  backward_sums -> dscale, doffset -> backward
+//
+// What lies between is arithmetic on vectors of [channels], in double, rounded once when stored.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "batch_norm.h"
+
+namespace fusebn {
+namespace {
+
+constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
+
+// Statistics nobody gave, for a batch that has none: every x is as good as the mean.
+constexpr double kNoVariance = std::numeric_limits<double>::infinity();
+
+template <class S>
+void widen(const S* from, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = double(from[i]);
+}
+
+}  // namespace
+
+template <class T>
+double forward(const Forward<T>& f, Executor& executor) {
+  using S = Stat<T>;
+  const int64_t channels = f.block.channels;
+  std::unique_ptr<double[]> statistics(new double[2 * channels]);
+  double* const mean = statistics.get();
+  double* const variance = mean + channels;  // m2, until it is divided
+
+  double count = 0;
+  const T* x = f.x;
+  if (f.training) {
+    count = verbs<T>().moments(x, f.block, f.weights, mean, variance, executor);
+    const double unbiased = count > f.correction ? count - f.correction : count;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double m2 = variance[c];
+      variance[c] = count > 0 ? m2 / count : kUndefined;
+      if (count == 0) mean[c] = kUndefined;
+      if (f.batch_mean) f.batch_mean[c] = mean[c];
+      if (f.batch_variance) f.batch_variance[c] = variance[c];
+      double returned_mean = mean[c], returned_variance = count > 0 ? m2 / unbiased : kUndefined;
+      if (f.factor != 1) {
+        const double kept = count > 0 ? 1 - f.factor : 1, taken = count > 0 ? f.factor : 0;
+        returned_mean = kept * f.mean[c] + (taken ? taken * returned_mean : 0);
+        returned_variance = kept * f.variance[c] + (taken ? taken * returned_variance : 0);
+      }
+      if (f.mean_out) f.mean_out[c] = S(returned_mean);
+      if (f.variance_out) f.variance_out[c] = S(returned_variance);
+    }
+    if (count == 0) {
+      // y = activation(offset + residual), whatever x holds: normalize zeros, in place.
+      std::memset(static_cast<void*>(f.y), 0, sizeof(T) * f.block.elements());
+      for (int64_t c = 0; c < channels; ++c) mean[c] = 0, variance[c] = kNoVariance;
+      x = f.y;
+    }
+  } else {
+    widen(f.mean, channels, mean);
+    widen(f.variance, channels, variance);
+    for (int64_t c = 0; c < channels; ++c) {
+      if (f.mean_out) f.mean_out[c] = f.mean[c];
+      if (f.variance_out) f.variance_out[c] = f.variance[c];
+      if (f.batch_mean) f.batch_mean[c] = mean[c];
+      if (f.batch_variance) f.batch_variance[c] = variance[c];
+    }
+  }
+  const Normalization<T> normalization{mean,    variance, f.epsilon,   f.scale,
+                                       f.offset, f.residual, f.activation};
+  verbs<T>().normalize(x, f.block, normalization, f.y, executor);
+  return count;
+}
+
+template <class T>
+void gradient(const Gradient<T>& f, Executor& executor) {
+  using S = Stat<T>;
+  const int64_t channels = f.block.channels, positions = f.block.positions();
+  std::unique_ptr<double[]> scratch(new double[4 * channels]);
+  double* const sum_g = scratch.get();
+  double* const sum_g_x = sum_g + channels;
+
+  double count = double(positions);
+  if (f.weights) {
+    count = 0;
+    for (int64_t p = 0; p < positions; ++p) count += double(f.weights[p]);
+  }
+  Normalization<T> normalization = f.normalization;
+  if (f.training && count == 0) {
+    double* const mean = sum_g_x + channels;
+    double* const variance = mean + channels;
+    for (int64_t c = 0; c < channels; ++c) mean[c] = 0, variance[c] = kNoVariance;
+    normalization.mean = mean;
+    normalization.variance = variance;
+  }
+
+  const bool through_statistics = f.training && count > 0;
+  if (through_statistics || f.dscale || f.doffset)
+    verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x, executor);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double variance = normalization.variance[c] + normalization.epsilon;
+    const double rstd = variance == 0 ? 0 : 1 / std::sqrt(variance);
+    if (f.dscale) f.dscale[c] = S(rstd * sum_g_x[c]);
+    if (f.doffset) f.doffset[c] = S(sum_g[c]);
+  }
+  const StatisticsGradient<T> statistics{count, sum_g, sum_g_x, f.dmean, f.dvariance};
+  verbs<T>().backward(f.dy, f.x, f.block, normalization, through_statistics ? &statistics : nullptr,
+                      f.weights, f.dx, f.dresidual, executor);
+}
+
+#define FUSEBN_INSTANTIATE(T)                               \
+  template double forward<T>(const Forward<T>&, Executor&); \
+  template void gradient<T>(const Gradient<T>&, Executor&);
+FUSEBN_INSTANTIATE(float16)
+FUSEBN_INSTANTIATE(bfloat16)
+FUSEBN_INSTANTIATE(float)
+FUSEBN_INSTANTIATE(double)
+
+}  // namespace fusebn

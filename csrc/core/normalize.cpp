@@ -1,0 +1,47 @@
+// normalize.cpp: y = activation((x - mean) * scale * rstd + offset + residual), see affine.h.
+//
+// Method. One visit to every element. y may be x or residual: a vector is read before it is written.
+#include "affine.h"
+
+namespace fusebn::FUSEBN_TARGET {
+namespace {
+
+template <class T, Activation A>
+struct Normalize {
+  using V = Vec<Stat<T>>;
+  const T* x;
+  const T* residual;
+  T* y;
+
+  template <bool rows, class L>
+  FUSEBN_INLINE void visit(int64_t e, int64_t, const V (&k)[3], L lanes) const {
+    const V z = preactivation(load(x + e, lanes) - k[0], k[1], k[2], residual, e, lanes);
+    store(y + e, activate<A>(z), lanes);
+  }
+};
+
+}  // namespace
+
+template <class T>
+void normalize(const T* x, Block b, const Normalization<T>& n, T* y, Executor& executor) {
+  using S = Stat<T>;
+  if (b.elements() == 0) return;
+  ChannelConstants<S, 3> constants(b);
+  for (int64_t c = 0; c < b.channels; ++c) {
+    const Affine affine(n, c);
+    constants.set(c, {S(n.mean[c]), S(affine.a), S(affine.b(n, c))});
+  }
+  constants.seal();
+  with_activation(n.activation, [&]<Activation A>() {
+    map(Normalize<T, A>{x, n.residual, y}, b, constants, false, executor);
+  });
+}
+
+#define FUSEBN_INSTANTIATE(T) \
+  template void normalize<T>(const T*, Block, const Normalization<T>&, T*, Executor&);
+FUSEBN_INSTANTIATE(float16)
+FUSEBN_INSTANTIATE(bfloat16)
+FUSEBN_INSTANTIATE(float)
+FUSEBN_INSTANTIATE(double)
+
+}  // namespace fusebn::FUSEBN_TARGET

@@ -1,0 +1,137 @@
+// parallel.cpp: a pool of threads that nobody ever waits for in vain.
+//
+// Method. A job is a counter of tasks. Whoever works on it, the caller included, claims the next
+// index until none is left; the caller then waits only for indices that somebody has claimed. A
+// worker that has not woken up has claimed nothing, so a busy machine costs its share of the work
+// and no more. (A static split behind a barrier stalls for a whole scheduling slice, 8 ms and up,
+// whenever another process holds one of the cores.)
+//
+// Safety. `task` lives on the caller's stack and is called only between a claim and its
+// completion, while the caller waits. The job itself is shared, since a worker may look at it after
+// the caller has left. The pool is never destroyed: at exit its threads sleep on memory that stays.
+// After a fork the child has no workers and perhaps a locked mutex, so it forgets the pool it
+// inherited and builds another when it needs one.
+#include "parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace fusebn {
+namespace {
+
+struct Job {
+  Job(int64_t count, Task task) : count(count), task(task) {}
+
+  // Works on the job until no index is left to claim.
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(i);
+      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) done.notify_all();
+    }
+  }
+
+  void wait() {
+    for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < count;) done.wait(seen);
+  }
+
+  bool exhausted() const { return next.load(std::memory_order_relaxed) >= count; }
+
+  const int64_t count;
+  const Task task;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+};
+
+int cores_we_may_use() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+class Pool final : public Executor {
+ public:
+  void run(int64_t count, Task task) override {
+    const int helpers = int(std::min<int64_t>(count, get_num_threads())) - 1;
+    if (helpers <= 0) {
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    auto job = std::make_shared<Job>(count, task);
+    {
+      std::lock_guard lock(mutex_);
+      start_workers(helpers);
+      for (int i = 0; i < std::min(helpers, workers_); ++i) queue_.push_back(job);
+    }
+    wake_.notify_all();
+    job->work();
+    job->wait();
+  }
+
+ private:
+  // Called with the mutex held. A thread that cannot be started is work the others do.
+  void start_workers(int wanted) {
+    try {
+      for (; workers_ < wanted; ++workers_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
+  void serve() {
+    for (;;) {
+      std::shared_ptr<Job> job;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [this] { return !queue_.empty(); });
+        job = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      if (!job->exhausted()) job->work();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::shared_ptr<Job>> queue_;  // a job stands here once for each helper it can use
+  int workers_ = 0;
+};
+
+std::atomic<Pool*> current_pool{nullptr};
+std::atomic<int> num_threads{0};  // 0: not decided yet
+
+}  // namespace
+
+Executor& pool() {
+  Pool* pool = current_pool.load(std::memory_order_acquire);
+  if (pool) return *pool;
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr, std::memory_order_release); });
+  (void)registered;
+  Pool* fresh = new Pool;
+  if (current_pool.compare_exchange_strong(pool, fresh, std::memory_order_acq_rel)) return *fresh;
+  delete fresh;
+  return *pool;
+}
+
+int get_num_threads() {
+  int count = num_threads.load(std::memory_order_relaxed);
+  if (count == 0) {
+    count = cores_we_may_use();
+    num_threads.store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+void set_num_threads(int count) { num_threads.store(count, std::memory_order_relaxed); }
+
+}  // namespace fusebn

@@ -1,0 +1,39 @@
+// parallel.h: how the core runs independent tasks on several threads.
+//
+// The verbs ask an Executor, so that a framework with threads of its own can lend them. Ours is
+// `pool()`. No OpenMP: PyTorch brings its own runtime, and two of them fight over the cores.
+#pragma once
+#include <cstdint>
+
+namespace fusebn {
+
+// A callable of one index, borrowed for the time of a call.
+struct Task {
+  const void* context;
+  void (*call)(const void* context, int64_t index);
+
+  template <class F>
+  static Task of(const F& f) {
+    return {&f, [](const void* context, int64_t i) { (*static_cast<const F*>(context))(i); }};
+  }
+  void operator()(int64_t index) const { call(context, index); }
+};
+
+struct Executor {
+  // Calls task(i) for every i in [0, count), in any order and on any thread; returns when all are
+  // done. The task must not throw.
+  virtual void run(int64_t count, Task task) = 0;
+
+ protected:
+  ~Executor() = default;
+};
+
+// Our own threads. They are started when first needed and survive a fork (the child starts anew).
+Executor& pool();
+
+// How many threads share the work, the calling one included. At first: as many as the process may
+// run on (its affinity).
+int get_num_threads();
+void set_num_threads(int count);
+
+}  // namespace fusebn

@@ -1,0 +1,290 @@
+// walks.h: how the kernels go through a block: `reduce` sums over positions, `map` visits elements.
+//
+// Every verb is one of the two walks with a few lines of arithmetic, so the cut into tasks, the two
+// layouts, the tails and the threads stand here and nowhere else.
+//
+// Layouts. inner == 1 is "rows": the channels lie side by side and a vector holds neighbouring
+// channels. Everything else is "planes": a vector holds neighbouring positions of one channel.
+//
+// Cuts depend on the shape alone, and partial results are joined in the order of the cut: the same
+// bits whatever the number of threads.
+#pragma once
+#include "simd.h"
+
+namespace fusebn::FUSEBN_TARGET {
+
+FUSEBN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FUSEBN_INLINE int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+FUSEBN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch memory: a few numbers a channel, never an array of elements. Taken by the calling thread,
+// so that an exhausted memory is an exception there and not the end of a worker.
+template <class S>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : data_(static_cast<S*>(::operator new(sizeof(S) * count))) {}
+  ~Scratch() { ::operator delete(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator S*() { return data_; }
+
+ private:
+  S* data_;
+};
+
+// ---- reduce ----
+
+// A task reads this many elements at least (128 KiB of float: about ten microseconds) and there are
+// at most kMaxTasks of them along the positions, which bounds the partial results a channel.
+inline constexpr int64_t kTaskElements = 32768;
+inline constexpr int64_t kMaxTasks = 64;
+// Channels of one task: in rows, a contiguous 4 KiB of float; in planes, as many as fill 16 KiB.
+inline constexpr int64_t kRowGroup = 1024;
+inline constexpr int64_t kPlaneGroupElements = 4096;
+inline constexpr int64_t kMaxPlaneGroup = 64;
+// A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
+// the worst case and near 8 / 2^25 in practice. Runs are joined in double.
+inline constexpr int64_t kRunTerms = 64;
+
+// The cut of a block for `reduce`: chunks of positions times groups of channels.
+struct Cut {
+  int64_t chunk, chunks;  // positions in a chunk, number of chunks
+  int64_t group, groups;  // channels in a group, number of groups
+
+  explicit Cut(Block b) {
+    if (b.inner == 1) {
+      groups = ceil_div(b.channels, kRowGroup);
+      group = ceil_div(ceil_div(b.channels, groups), 64) * 64;
+    } else {
+      group = most(1, least(least(kPlaneGroupElements / b.inner, kMaxPlaneGroup), b.channels));
+    }
+    groups = ceil_div(b.channels, group);
+    const int64_t tasks = most(1, least(b.elements() / kTaskElements, kMaxTasks));
+    const int64_t wanted = ceil_div(b.positions(), ceil_div(tasks, groups));
+    // Whole runs, and whole planes where a run holds several of them.
+    const int64_t run = b.inner == 1 ? kRunTerms : kRunTerms * 16;
+    const int64_t unit = b.inner >= run ? run : (run / b.inner) * b.inner;
+    chunk = ceil_div(wanted, unit) * unit;
+    chunks = ceil_div(b.positions(), chunk);
+  }
+};
+
+// The run that starts at position p of a chunk that ends at `end`, `done` positions into it.
+//
+// Runs grow 4, 16, 64 (in planes 16, 64, 256, 1024): a run is at most four times as long as all
+// before it. Moments takes distances from the mean of what came before; so, whatever the data, the
+// sum of squares it subtracts from is at most about five times what that run adds to m2 (a run of k
+// at distance d from the n = k / 4 before it costs k d^2 and contributes n k / (n + k) d^2), and
+// the subtraction costs at most that factor in accuracy.
+FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
+  const int64_t first = b.inner == 1 ? 4 : 16;
+  const int64_t longest = b.inner == 1 ? kRunTerms : kRunTerms * 16;
+  const int64_t length = done ? least(4 * done, longest) : first;
+  const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
+  if (length < left || in_plane) return least(least(length, left), end - p);
+  return least(most(1, length / b.inner) * b.inner, end - p);
+}
+
+// A kernel for `reduce` sums two terms a channel. It offers
+//   begin(p, n)                 a run of n positions starts at p
+//   Constants constants(c, lanes), Constants constant(c)
+//                               what the terms need of the channels c.. side by side, or of c alone
+//   terms<rows>(e, p, k, lanes, u, v)
+//                               adds the terms of the elements e.. at the position p (rows), or at
+//                               the positions p.. (planes), to u and v; dead lanes are ignored
+//   join(c, n, u, v)            the run's sums of the channels c .. c + n
+template <class S, int tile, class K, class L>
+FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t c, L lanes,
+                               int64_t skip, int64_t count) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  Vec<S> u[tile], v[tile];
+  typename K::Constants k[tile];
+  for (int j = 0; j < tile; ++j) {
+    u[j] = v[j] = splat(S(0));
+    k[j] = kernel.constants(c + j * kLanes, lanes);
+  }
+  for (int64_t r = p; r < p + n; ++r)
+    for (int j = 0; j < tile; ++j)
+      kernel.template terms<true>(r * b.channels + c + j * kLanes, r, k[j], lanes, u[j], v[j]);
+  S lane_u[tile * kLanes], lane_v[tile * kLanes];
+  __builtin_memcpy(lane_u, u, sizeof u);
+  __builtin_memcpy(lane_v, v, sizeof v);
+  kernel.join(c + skip, count, lane_u + skip, lane_v + skip);
+}
+
+template <class S, class K>
+void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  int64_t c = c0;
+  for (; c + 4 * kLanes <= c1; c += 4 * kLanes)
+    reduce_tile<S, 4>(kernel, b, p, n, c, Full{}, 0, 4 * kLanes);
+  for (; c + kLanes <= c1; c += kLanes) reduce_tile<S, 1>(kernel, b, p, n, c, Full{}, 0, kLanes);
+  const int64_t rest = c1 - c;
+  if (rest == 0) return;
+  // Look back to fill the last vector, and join only the channels that are still to be joined.
+  if (c1 - c0 >= kLanes)
+    reduce_tile<S, 1>(kernel, b, p, n, c1 - kLanes, Full{}, kLanes - rest, rest);
+  else
+    reduce_tile<S, 1>(kernel, b, p, n, c, Part{rest}, 0, rest);
+}
+
+// A run lies inside one plane of each channel, or is made of whole planes. Memory order: for every
+// outer index the planes of the group are neighbours, so their sums wait side by side in L1.
+template <class S, class K>
+void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  Vec<S> u[kMaxPlaneGroup], v[kMaxPlaneGroup];
+  for (int64_t c = c0; c < c1; ++c) u[c - c0] = v[c - c0] = splat(S(0));
+  for (int64_t at = p; at < p + n;) {
+    const int64_t i0 = at % b.inner, length = least(b.inner - i0, p + n - at);
+    for (int64_t c = c0; c < c1; ++c) {
+      const auto k = kernel.constant(c);
+      const int64_t e = (at / b.inner * b.channels + c) * b.inner + i0;
+      Vec<S> su = u[c - c0], sv = v[c - c0];
+      int64_t i = 0;
+      for (; i + kLanes <= length; i += kLanes)
+        kernel.template terms<false>(e + i, at + i, k, Full{}, su, sv);
+      if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su, sv);
+      u[c - c0] = su;
+      v[c - c0] = sv;
+    }
+    at += length;
+  }
+  for (int64_t c = c0; c < c1; ++c) {
+    const S su = sum(u[c - c0]), sv = sum(v[c - c0]);
+    kernel.join(c, 1, &su, &sv);
+  }
+}
+
+// Sums over the positions [p0, p1) for the channels [c0, c1).
+template <class S, class K>
+void reduce(K& kernel, Block b, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
+  for (int64_t p = p0, n; p < p1; p += n) {
+    n = run_length(b, p, p1, p - p0);
+    kernel.begin(p, n);
+    if (b.inner == 1)
+      reduce_rows<S>(kernel, b, p, n, c0, c1);
+    else
+      reduce_planes<S>(kernel, b, p, n, c0, c1);
+  }
+}
+
+// Few channels side by side would leave most lanes idle. The same memory is also `fold` times as
+// many channels in that many times fewer rows, with the lanes full; what does not divide is a
+// block of its own. The caller joins the copies of a channel afterwards.
+struct Folded {
+  int64_t fold;
+  Block main, rest;
+  int64_t rest_at;  // element where `rest` begins
+
+  Folded(Block b, int lanes) : fold(1), main(b), rest{0, b.channels, 1}, rest_at(b.elements()) {
+    if (b.inner != 1 || b.channels >= 4 * lanes) return;
+    while (fold * b.channels % lanes) fold *= 2;
+    if (fold == 1 || b.outer < fold) {
+      fold = 1;
+      return;
+    }
+    main = {b.outer / fold, b.channels * fold, 1};
+    rest.outer = b.outer % fold;
+    rest_at = main.elements();
+  }
+};
+
+// ---- map ----
+
+// Elements of one task. Small enough to be shared out evenly, large enough (256 KiB of float) that
+// claiming it costs nothing.
+inline constexpr int64_t kMapElements = 65536;
+
+// The constants of N kinds a channel that `map` hands to its kernel. In rows they are laid out
+// periodically, so that a vector may begin at any channel and run past the last one.
+template <class S, int N>
+class ChannelConstants {
+ public:
+  ChannelConstants(Block b)
+      : channels_(b.channels),
+        period_(b.inner == 1 ? b.channels * ceil_div(Vec<S>::kLanes, b.channels) : b.channels),
+        stride_(b.inner == 1 ? period_ + Vec<S>::kLanes : period_),
+        data_(N * stride_) {}
+
+  void set(int64_t c, const S (&values)[N]) {
+    for (int i = 0; i < N; ++i) data_[i * stride_ + c] = values[i];
+  }
+  // Once all are set: repeats them to the end of the array.
+  void seal() {
+    for (int i = 0; i < N; ++i)
+      for (int64_t c = channels_; c < stride_; ++c)
+        data_[i * stride_ + c] = data_[i * stride_ + c - channels_];
+  }
+
+  int64_t period() const { return period_; }
+  FUSEBN_INLINE void read(int64_t at, Vec<S> (&k)[N]) const {
+    for (int i = 0; i < N; ++i) k[i] = load(data_ + i * stride_ + at, Full{});
+  }
+  FUSEBN_INLINE void repeat(int64_t c, Vec<S> (&k)[N]) const {
+    for (int i = 0; i < N; ++i) k[i] = splat(data_[i * stride_ + c]);
+  }
+
+ private:
+  int64_t channels_, period_, stride_;
+  mutable Scratch<S> data_;
+};
+
+// A kernel for `map` is called as kernel.visit<rows>(e, p, k, lanes): the elements e.., the position
+// p they share (rows, when it reads weights) or start at (planes), and the constants.
+template <class S, int N, class K>
+void map_rows(const K& kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
+              int64_t end, int64_t p) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  Vec<S> k[N];
+  int64_t at = e % b.channels;
+  for (; e + kLanes <= end; e += kLanes) {
+    constants.read(at, k);
+    kernel.template visit<true>(e, p, k, Full{});
+    at += kLanes;
+    if (at >= constants.period()) at -= constants.period();
+  }
+  if (e < end) {
+    constants.read(at, k);
+    kernel.template visit<true>(e, p, k, Part{end - e});
+  }
+}
+
+template <class S, int N, class K>
+void map_plane(const K& kernel, const Vec<S> (&k)[N], int64_t e, int64_t end, int64_t p) {
+  constexpr int kLanes = Vec<S>::kLanes;
+  for (; e + kLanes <= end; e += kLanes, p += kLanes) kernel.template visit<false>(e, p, k, Full{});
+  if (e < end) kernel.template visit<false>(e, p, k, Part{end - e});
+}
+
+// Visits every element once. `by_row`: the kernel needs to know its position (it reads weights).
+//
+// The walk goes from the end to the beginning: it follows a reduction that went the other way, and
+// what that one read last is still in the cache.
+template <class S, int N, class K>
+void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool by_row,
+         Executor& executor) {
+  const int64_t total = b.elements(), tasks = ceil_div(total, kMapElements);
+  const auto task = [&](int64_t index) {
+    int64_t e = (tasks - 1 - index) * kMapElements;
+    const int64_t end = least(e + kMapElements, total);
+    while (e < end) {
+      if (b.inner == 1) {
+        const int64_t row = e / b.channels;
+        const int64_t stop = by_row ? least((row + 1) * b.channels, end) : end;
+        map_rows<S, N>(kernel, b, constants, e, stop, row);
+        e = stop;
+      } else {
+        const int64_t plane = e / b.inner, i = e % b.inner;
+        const int64_t stop = least((plane + 1) * b.inner, end);
+        Vec<S> k[N];
+        constants.repeat(plane % b.channels, k);
+        map_plane<S, N>(kernel, k, e, stop, plane / b.channels * b.inner + i);
+        e = stop;
+      }
+    }
+  };
+  executor.run(tasks, Task::of(task));
+}
+
+}  // namespace fusebn::FUSEBN_TARGET

@@ -1,0 +1,5 @@
+"""`python -m fusebn` is `fusebn`."""
+
+from fusebn.cli import main
+
+main()

@@ -1,0 +1,62 @@
+"""The C++ core: see csrc/bindings/python.cpp. Arrays are dense and checked; None is null."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+_In = NDArray[np.generic] | None
+_Out = NDArray[np.generic] | None
+
+def moments(
+    type: int, outer: int, channels: int, inner: int, x: _In, weights: _In, mean: _Out, m2: _Out
+) -> float: ...
+def forward(
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    x: _In,
+    training: bool,
+    mean: _In,
+    variance: _In,
+    weights: _In,
+    scale: _In,
+    offset: _In,
+    residual: _In,
+    activation: int,
+    epsilon: float,
+    correction: float,
+    factor: float,
+    y: _Out,
+    mean_out: _Out,
+    variance_out: _Out,
+    batch_mean: _Out,
+    batch_variance: _Out,
+) -> float: ...
+def gradient(
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    dy: _In,
+    x: _In,
+    training: bool,
+    mean: _In,
+    variance: _In,
+    weights: _In,
+    scale: _In,
+    offset: _In,
+    residual: _In,
+    activation: int,
+    epsilon: float,
+    dmean: _In,
+    dvariance: _In,
+    dx: _Out,
+    dresidual: _Out,
+    dscale: _Out,
+    doffset: _Out,
+) -> None: ...
+def get_num_threads() -> int: ...
+def set_num_threads(count: int) -> None: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def set_instruction_set(name: str) -> bool: ...

@@ -1,0 +1,31 @@
+"""Finds the adapter for an array by its type; imports no framework to do so.
+
+An array's type names the package it comes from, and that package was imported by whoever made the
+array. So a framework that is missing, heavy or broken costs nothing until somebody uses it.
+"""
+
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+from fusebn import _spec
+
+# Package of the array's type -> module that serves it.
+_ADAPTERS = {"numpy": "fusebn._numpy"}
+
+
+@cache
+def _adapter_of_type(kind: type) -> ModuleType | None:
+    for base in kind.__mro__:
+        name = _ADAPTERS.get(base.__module__.partition(".")[0])
+        if name is not None:
+            return import_module(name)
+    return None
+
+
+def adapter_of(operation: str, x: object, argument: str = "x") -> ModuleType:
+    """Return the module whose functions take x."""
+    adapter = _adapter_of_type(type(x))
+    if adapter is None:
+        _spec.unsupported(operation, argument, x)
+    return adapter

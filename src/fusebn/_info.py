@@ -1,0 +1,59 @@
+"""`info`: what runs here, and why."""
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fusebn import _core
+
+# Framework -> what this version of fusebn does for it.
+_SUPPORT = {
+    "numpy": "native kernels",
+    "torch": "none in this version",
+    "jax": "none in this version",
+    "keras": "none in this version",
+    "tensorflow": "none in this version",
+}
+
+# tensorflow-cpu and its like install the same package.
+_DISTRIBUTIONS = {"tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-intel")}
+
+
+def _version_of(framework: str) -> str | None:
+    for name in _DISTRIBUTIONS.get(framework, (framework,)):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def cache_sizes() -> dict[str, int]:
+    """Return the bytes of the data caches that core 0 sees, where the system tells."""
+    sizes = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+            if kind != "Instruction":
+                unit = {"K": 1 << 10, "M": 1 << 20}[size[-1]]
+                sizes[f"L{level}"] = int(size[:-1]) * unit
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    return sizes
+
+
+def info() -> dict[str, Any]:
+    """See :func:`fusebn.info`."""
+    return {
+        "version": metadata.version("fusebn"),
+        "instruction_set": _core.instruction_set(),
+        "instruction_sets": _core.instruction_sets(),
+        "threads": _core.get_num_threads(),
+        "caches": cache_sizes(),
+        "frameworks": {
+            name: {"version": _version_of(name), "support": support}
+            for name, support in _SUPPORT.items()
+        },
+    }

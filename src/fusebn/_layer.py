@@ -1,0 +1,419 @@
+"""`BatchNorm`: the NumPy layer. Parameters, moving statistics, two switches and a state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fusebn import _moving, _numpy, _spec
+from fusebn._numpy import FusedBatchNormGrad
+
+Array = NDArray[Any]
+
+NONFINITE = ("propagate", "skip", "raise")
+
+
+class _Call(NamedTuple):
+    """What backward needs of the last call."""
+
+    x: Array
+    mean: Array
+    variance: Array
+    training: bool
+    residual: Array | None
+    weights: Any
+    overwritten: bool
+
+
+class BatchNorm:
+    """Normalize each channel by the statistics of the batch, or by their moving averages.
+
+    ::
+
+        training   y = activation((x - mean(x)) * scale / sqrt(variance(x) + epsilon) + offset)
+                   moving_mean     = (1 - factor) * moving_mean     + factor * mean(x)
+                   moving_variance = (1 - factor) * moving_variance + factor * m2 / (n - correction)
+        inference  y = activation((x - moving_mean) * scale / sqrt(moving_variance + epsilon) + offset)
+
+    In training x is normalized by the biased variance, ``m2 / n``. After Ioffe and Szegedy, "Batch
+    Normalization", 2015, https://arxiv.org/abs/1502.03167.
+
+    Parameters
+    ----------
+    channels : int
+        Length of the channel axis of x.
+    axis : int
+        The channel axis: -1 for NHWC, 1 for NCHW.
+    decay : float in [0, 1], or None
+        Weight of the old value in the moving averages: the factor of an update is 1 - decay. None
+        gives every batch the same weight (the cumulative average, factor 1 / number of updates).
+        PyTorch's ``momentum`` is 1 - decay, Keras's is decay. May be set at any time.
+    epsilon : float
+        Added to the variance.
+    center, scale : bool
+        Whether the layer has an `offset` (first 0) and a `scale` (first 1) of its own.
+    correction : float
+        The moving variance averages ``m2 / (n - correction)``: 1 as TensorFlow's fused op and
+        PyTorch have it, 0 as Keras 3 and Flax do. Where n is not above it, the divisor is n.
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "gelu"
+        Applied in the same pass.
+    zero_debias : bool
+        Divide the moving averages by the sum of their weights, so that their initial values, 0 and
+        1, have no part in them.
+    nonfinite : "propagate", "skip" or "raise"
+        What a NaN or an infinity in a channel does to that channel's moving statistics: it gets
+        into them; or they stay as they are (for a cumulative or debiased average as if the batch
+        had repeated them); or ValueError is raised and nothing has changed. It touches no other
+        channel in any case.
+    dtype : dtype
+        Of the parameters and moving statistics: float32 or float64. Inputs may have any type.
+
+    Attributes
+    ----------
+    scale, offset : array of shape (channels,), or None
+    moving_mean, moving_variance : array of shape (channels,)
+    num_updates : int
+        How often the moving statistics have been updated.
+
+    Notes
+    -----
+    A batch of one element a channel gives y = activation(offset) and updates with variance 0. An
+    empty batch, or one whose weights are all 0, updates nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fusebn import BatchNorm
+    >>> layer = BatchNorm(2, decay=0.5, epsilon=0)
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]], dtype="float32")
+    >>> layer(x, training=True)
+    array([[-1., -1.],
+           [ 1.,  1.]], dtype=float32)
+    >>> layer.moving_mean, layer.moving_variance     # halfway from 0 to 2, from 1 to 2, ...
+    (array([ 1., 10.], dtype=float32), array([  1.5, 100.5], dtype=float32))
+    >>> dx, dscale, doffset, dresidual = layer.backward(np.ones_like(x))
+    >>> doffset
+    array([2., 2.], dtype=float32)
+    >>> layer.freeze()                               # from here on, training=True changes nothing
+    >>> y = layer(x, training=True)
+    >>> layer.num_updates
+    1
+    """
+
+    scale: Array | None
+    offset: Array | None
+    moving_mean: Array
+    moving_variance: Array
+
+    def __init__(
+        self,
+        channels: int,
+        axis: int = -1,
+        decay: float | None = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        correction: float = 1,
+        activation: str | None = None,
+        zero_debias: bool = False,
+        nonfinite: str = "propagate",
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        name = "BatchNorm"
+        self.channels = _spec.positive_integer(name, "channels", channels)
+        self.axis = _spec.integer(name, "axis", axis)
+        self.zero_debias = _spec.flag(name, "zero_debias", zero_debias)
+        self.decay = decay
+        self.epsilon = _spec.non_negative(name, "epsilon", epsilon)
+        self.correction = _spec.non_negative(name, "correction", correction)
+        _spec.activation(name, activation)
+        self.activation = activation
+        self.nonfinite = _spec.one_of(name, "nonfinite", nonfinite, NONFINITE)
+        self.dtype = np.dtype(dtype)
+        _spec.one_of(name, "dtype", self.dtype.name, ("float32", "float64"))
+        self.scale = np.ones(channels, self.dtype) if _spec.flag(name, "scale", scale) else None
+        self.offset = np.zeros(channels, self.dtype) if _spec.flag(name, "center", center) else None
+        self.moving_mean = np.zeros(channels, self.dtype)
+        self.moving_variance = np.ones(channels, self.dtype)
+        self.num_updates = 0
+        self._frozen = False
+        self._last: _Call | None = None
+
+    # ---- the two switches ----
+
+    @property
+    def decay(self) -> float | None:
+        """Weight of the old value in the moving averages; None is the cumulative average."""
+        return self._decay
+
+    @decay.setter
+    def decay(self, decay: float | None) -> None:
+        if decay is not None:
+            fix = "It is the weight of the old value; None averages all batches alike."
+            decay = _spec.fraction("BatchNorm", "decay", decay, fix)
+            if self.zero_debias and decay == 1:
+                _spec.fail(ValueError, "BatchNorm", "decay", "be below 1 with zero_debias", "1.0")
+        self._decay = decay
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the moving statistics normalize every call and never change."""
+        return self._frozen
+
+    def freeze(self) -> None:
+        """From here on normalize by the moving statistics and never update them."""
+        self._frozen = True
+
+    def unfreeze(self) -> None:
+        """Undo :meth:`freeze`."""
+        self._frozen = False
+
+    # ---- forward and backward ----
+
+    def __call__(
+        self,
+        x: Any,
+        *,
+        training: Any,
+        update: Any = None,
+        residual: Any = None,
+        weights: Any = None,
+        out: Any = None,
+    ) -> Array:
+        """Normalize x.
+
+        Parameters
+        ----------
+        x : array of float16, bfloat16, float32 or float64
+            Any rank; its channel axis has length `channels`. Not modified, but kept for `backward`.
+        training : bool, or boolean array of rank 0
+            Whether the batch's statistics normalize x, or the moving ones. There is no default:
+            the forgotten one is the most common mistake there is.
+        update : bool, or boolean array of rank 0, optional
+            Whether the batch updates the moving statistics. None follows `training`. False with
+            training normalizes by the batch and leaves the state alone; True without it normalizes
+            by the moving statistics as they were, then updates them.
+        residual : array like x, optional
+            Added before the activation.
+        weights : array, optional
+            One non-negative real for each position, its shape that of x without the channel axis,
+            or broadcasting to it. They weigh the statistics; positions of weight 0 are left out of
+            them, even if they hold NaN, but normalized all the same. None means 1.
+        out : array like x, optional
+            Where y is written; it may be x itself, and then `backward` is not possible.
+
+        Returns
+        -------
+        y : array of the shape and dtype of x
+
+        Raises
+        ------
+        TypeError, ValueError
+            An argument does not fit. The layer is as it was.
+        """
+        name = "BatchNorm"
+        x = _numpy.array_of(name, "x", x)
+        axis = _spec.axis_of(name, "axis", self.axis, x.shape)
+        if x.shape[axis] != self.channels:
+            expected = f"have {self.channels} channels on axis {self.axis}"
+            _spec.fail(ValueError, name, "x", expected, f"shape {x.shape}")
+        training = _spec.flag(name, "training", training)
+        update = training if update is None else _spec.flag(name, "update", update)
+        if self._frozen:
+            training = update = False
+        apart = update and (not training or self.nonfinite == "raise")
+        # Statistics that may refuse the batch, or are not those that normalize it, come first.
+        batch = self._statistics(x, axis, weights) if apart else None
+        result = _numpy.forward(
+            name,
+            x,
+            self.scale,
+            self.offset,
+            None if training else self.moving_mean,
+            None if training else self.moving_variance,
+            self.epsilon,
+            axis,
+            training,
+            1.0,
+            self.activation,
+            residual,
+            weights,
+            self.correction,
+            out,
+        )
+        if update:
+            self._update(*(batch or (result.count, result.batch_mean, result.batch_variance)))
+        overwritten = out is not None and np.may_share_memory(out, x)
+        self._last = _Call(
+            x, result.batch_mean, result.batch_variance, training, residual, weights, overwritten
+        )
+        return result.y
+
+    def _statistics(self, x: Array, axis: int, weights: Any) -> tuple[float, Array, Array]:
+        axes = tuple(a for a in range(x.ndim) if a != axis)
+        count, mean, m2, _ = _numpy.moments_of_blocks("BatchNorm", x, axes, weights)
+        finite = np.isfinite(mean) & np.isfinite(m2)
+        if self.nonfinite == "raise" and not finite.all():
+            bad = np.flatnonzero(~finite)
+            shown = ", ".join(map(str, bad[:8])) + (", ..." if bad.size > 8 else "")
+            fix = 'Use nonfinite="skip" to leave such channels out of the moving statistics.'
+            expected = 'hold finite values (nonfinite="raise")'
+            _spec.fail(ValueError, "BatchNorm", "x", expected, f"NaN or Inf in channels {shown}", fix)
+        return count, mean, m2 / (count or 1)
+
+    def _update(self, count: float, mean: Array, variance: Array) -> None:
+        """Mix the batch's mean and biased variance into the moving ones."""
+        if count == 0:
+            return
+        if count > self.correction:
+            variance = variance * (count / (count - self.correction))
+        factor = _moving.factor(self._decay, self.num_updates + 1, self.zero_debias)
+        new_mean = _moving.mix(self.moving_mean, mean, factor)
+        new_variance = _moving.mix(self.moving_variance, variance, factor)
+        if self.nonfinite == "skip":
+            finite = np.isfinite(mean) & np.isfinite(variance)
+            new_mean = np.where(finite, new_mean, self.moving_mean)
+            new_variance = np.where(finite, new_variance, self.moving_variance)
+        self.moving_mean[...] = new_mean
+        self.moving_variance[...] = new_variance
+        self.num_updates += 1
+
+    def backward(self, dy: Any) -> FusedBatchNormGrad:
+        """Return the gradients of the last call, given that of its y.
+
+        Parameters
+        ----------
+        dy : array of the shape and dtype of x
+
+        Returns
+        -------
+        FusedBatchNormGrad
+            ``dx``; ``dscale`` and ``doffset`` of shape (channels,), None where the layer has no
+            scale or offset; ``dresidual``, None where there was no residual. See
+            :func:`fusebn.fused_batch_norm_grad`.
+
+        Raises
+        ------
+        RuntimeError
+            There was no call yet, or it wrote y over x.
+        """
+        last = self._last
+        if last is None:
+            raise RuntimeError("BatchNorm.backward: call the layer first; it has seen no x yet.")
+        if last.overwritten:
+            raise RuntimeError(
+                "BatchNorm.backward: the last call wrote y over x (out=x), and the gradient needs x. "
+                "Call the layer without out=."
+            )
+        return _numpy.gradient(
+            "BatchNorm.backward",
+            dy,
+            last.x,
+            self.scale,
+            self.offset,
+            last.mean,
+            last.variance,
+            self.epsilon,
+            self.axis % last.x.ndim,
+            last.training,
+            self.activation,
+            last.residual,
+            last.weights,
+            None,
+            None,
+        )
+
+    # ---- the state ----
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return a copy of the state, as arrays: parameters, statistics and their convention.
+
+        ``scale`` and ``offset`` where the layer has them, ``moving_mean``, ``moving_variance``,
+        ``num_updates``; and what the statistics mean: ``decay`` (NaN for None), ``epsilon``,
+        ``correction``, ``zero_debias``, ``frozen``.
+        """
+        state = {
+            "scale": self.scale,
+            "offset": self.offset,
+            "moving_mean": self.moving_mean,
+            "moving_variance": self.moving_variance,
+            "num_updates": np.array(self.num_updates, np.int64),
+            "decay": np.array(math.nan if self._decay is None else self._decay),
+            "epsilon": np.array(self.epsilon),
+            "correction": np.array(self.correction),
+            "zero_debias": np.array(self.zero_debias),
+            "frozen": np.array(self._frozen),
+        }
+        return {key: value.copy() for key, value in state.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state, its convention included; all of it or, on an error, nothing.
+
+        Raises
+        ------
+        ValueError
+            A key is missing or unknown, or a value does not fit the layer.
+        """
+        name = "BatchNorm.load_state_dict"
+        own = self.state_dict()
+        if not isinstance(state, Mapping):
+            _spec.fail(TypeError, name, "state", "be a mapping", type(state).__name__)
+        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+        if missing or unknown:
+            got = "; ".join(
+                f"{what} {', '.join(sorted(map(str, keys)))}"
+                for what, keys in (("without", missing), ("with", unknown))
+                if keys
+            )
+            fix = "A layer with center=False has no offset, one with scale=False no scale."
+            _spec.fail(ValueError, name, "state", f"have the keys {', '.join(own)}", got, fix)
+        new: dict[str, Array] = {}
+        for key, old in own.items():
+            value = np.asarray(state[key])
+            _spec.same_shape(name, key, value.shape, old.shape, of="the layer's")
+            if value.dtype.kind != old.dtype.kind:
+                expected = f"have a dtype like the layer's, {old.dtype.name}"
+                _spec.fail(TypeError, name, key, expected, f"dtype {value.dtype.name}")
+            new[key] = value.astype(old.dtype)
+        if (new["moving_variance"] < 0).any():
+            got = f"{new['moving_variance'].min()}"
+            _spec.fail(ValueError, name, "moving_variance", "not be negative", got)
+        if new["num_updates"] < 0:
+            _spec.fail(ValueError, name, "num_updates", "not be negative", f"{new['num_updates']}")
+        decay = None
+        if not np.isnan(new["decay"]):
+            decay = _spec.fraction(name, "decay", float(new["decay"]))
+        epsilon = _spec.non_negative(name, "epsilon", float(new["epsilon"]))
+        correction = _spec.non_negative(name, "correction", float(new["correction"]))
+
+        for key in ("scale", "offset", "moving_mean", "moving_variance"):
+            if key in new:
+                getattr(self, key)[...] = new[key]
+        self.num_updates = int(new["num_updates"])
+        self.zero_debias = bool(new["zero_debias"])
+        self._decay, self.epsilon, self.correction = decay, epsilon, correction
+        self._frozen = bool(new["frozen"])
+
+    def config(self) -> dict[str, Any]:
+        """Return the arguments that construct a layer like this one, ready for JSON."""
+        return {
+            "channels": self.channels,
+            "axis": self.axis,
+            "decay": self._decay,
+            "epsilon": self.epsilon,
+            "center": self.offset is not None,
+            "scale": self.scale is not None,
+            "correction": self.correction,
+            "activation": self.activation,
+            "zero_debias": self.zero_debias,
+            "nonfinite": self.nonfinite,
+            "dtype": self.dtype.name,
+        }
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        return f"BatchNorm({arguments})"

@@ -1,0 +1,607 @@
+"""The public functions on NumPy arrays.
+
+Each does three things in order: check the arguments (`_spec`), lay the arrays out as blocks
+(`_blocks`), call the core. The docstrings are in ``fusebn/__init__.py``.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusebn import _core, _spec
+from fusebn._blocks import Layout, layout_of_axes, layout_of_axis
+from fusebn._moving import assign_moving_average
+
+__all__ = [
+    "assign_moving_average",
+    "batch_norm_with_global_normalization",
+    "batch_normalization",
+    "fused_batch_norm",
+    "fused_batch_norm_grad",
+    "moments",
+    "normalize_moments",
+    "sufficient_statistics",
+    "weighted_moments",
+]
+
+Array = NDArray[Any]
+
+
+class FusedBatchNorm(NamedTuple):
+    """What :func:`fusebn.fused_batch_norm` returns."""
+
+    y: Any
+    mean: Any
+    variance: Any
+
+
+class FusedBatchNormGrad(NamedTuple):
+    """What :func:`fusebn.fused_batch_norm_grad` returns."""
+
+    dx: Any
+    dscale: Any
+    doffset: Any
+    dresidual: Any
+
+
+# ---- arguments ----
+
+
+def array_of(operation: str, argument: str, value: Any) -> Array:
+    """Return a NumPy array or scalar as a plain array."""
+    if type(value) is np.ndarray:
+        return value
+    if isinstance(value, np.ma.MaskedArray):
+        fix = "Pass x.data, and weights=~mask to leave the masked positions out."
+        _spec.fail(TypeError, operation, argument, "be a plain array", "a masked array", fix)
+    if not isinstance(value, np.ndarray | np.generic):
+        _spec.unsupported(operation, argument, value)
+    return np.asarray(value)
+
+
+def _like_x(operation: str, argument: str, value: Any, x: Array) -> Array:
+    array = array_of(operation, argument, value)
+    _spec.same_type(operation, argument, array.dtype.name, x.dtype.name)
+    _spec.same_shape(operation, argument, array.shape, x.shape)
+    return array
+
+
+def _parameter(operation: str, argument: str, value: Any, dtype: str) -> Array:
+    """Return a floating parameter of any shape as an array of `dtype`."""
+    array = np.asarray(value)
+    _spec.element_type(operation, argument, array.dtype.name)
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _vector(
+    operation: str, argument: str, value: Any, dtype: str, channels: int, shape: tuple[int, ...]
+) -> Array | None:
+    if value is None:
+        return None
+    vector = _parameter(operation, argument, value, dtype)
+    if np.shape(value) != (channels,):
+        _spec.channel_vector(operation, argument, np.shape(value), channels, shape)
+    return vector
+
+
+def _check_variance(operation: str, variance: Array) -> None:
+    if (variance < 0).any():
+        _spec.fail(ValueError, operation, "variance", "not be negative", f"{variance.min()}")
+
+
+def _weights(
+    operation: str, argument: str, value: Any, dtype: str, shape: tuple[int, ...]
+) -> Array:
+    """Return weights that broadcast to `shape` as an array of that shape."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biu":
+        _spec.element_type(operation, argument, array.dtype.name)
+    try:
+        full = np.broadcast_to(array, shape)
+    except ValueError:
+        _spec.fail(
+            ValueError,
+            operation,
+            argument,
+            f"broadcast to {shape}, one weight for each position that is reduced",
+            f"shape {array.shape}",
+        )
+    full = full.astype(dtype, copy=False)
+    if array.size and not (array.astype(dtype).min() >= 0 and np.isfinite(array.astype(dtype)).all()):
+        got = f"{array.astype(dtype).min()}" if np.isfinite(array.astype(dtype)).all() else "NaN or Inf"
+        _spec.fail(ValueError, operation, argument, "be finite and not negative", got)
+    return full
+
+
+def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
+    """Check that y can be written to `out`."""
+    if not isinstance(out, np.ndarray):
+        _spec.fail(TypeError, operation, "out", "be a NumPy array", type(out).__name__)
+    if out.dtype != x.dtype.newbyteorder("="):
+        got = f"dtype {out.dtype}"
+        _spec.fail(TypeError, operation, "out", f"have the dtype of x, {x.dtype.name}", got)
+    _spec.same_shape(operation, "out", out.shape, x.shape)
+    if not out.flags.writeable:
+        _spec.fail(ValueError, operation, "out", "be writeable", "a read-only array")
+    in_place = out.strides == x.strides and out.ctypes.data == x.ctypes.data
+    if not in_place and _overlap(out, x):
+        expected = "be x itself or share no memory with it"
+        fix = "Pass out=x to work in place, or a fresh array."
+        _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it", fix)
+    if residual is not None and _overlap(out, residual):
+        expected = "share no memory with residual"
+        _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it")
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=1000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+# ---- the fused functions ----
+
+
+class Forward(NamedTuple):
+    """The result of `forward`, with what backward needs."""
+
+    y: Array
+    mean: Array
+    variance: Array
+    batch_mean: Array  # what normalized x, in float64; the variance is the biased one
+    batch_variance: Array
+    count: float  # of the batch, 0 outside training
+
+
+def forward(
+    operation: str,
+    x: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any,
+    variance: Any,
+    epsilon: Any,
+    axis: int,
+    training: bool,
+    factor: float,
+    activation: Any,
+    residual: Any,
+    weights: Any,
+    correction: Any,
+    out: Any,
+) -> Forward:
+    """Do what :func:`fusebn.fused_batch_norm` and :class:`fusebn.BatchNorm` share."""
+    code = _spec.element_type(operation, "x", x.dtype.name)
+    shape, dtype = x.shape, x.dtype.newbyteorder("=")
+    channels = shape[axis]
+    stat = "float64" if code == 3 else "float32"
+    if _spec.statistics_given(
+        operation, training, factor, mean is not None, variance is not None
+    ):
+        mean = _vector(operation, "mean", mean, stat, channels, shape)
+        variance = _vector(operation, "variance", variance, stat, channels, shape)
+        _check_variance(operation, variance)
+    else:
+        mean = variance = None
+    scale = _vector(operation, "scale", scale, stat, channels, shape)
+    offset = _vector(operation, "offset", offset, stat, channels, shape)
+    epsilon = _spec.non_negative(operation, "epsilon", epsilon)
+    correction = _spec.non_negative(operation, "correction", correction)
+    activation = _spec.activation(operation, activation)
+    layout = layout_of_axis(x, axis)
+    if weights is not None:
+        others = shape[:axis] + shape[axis + 1 :]
+        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+    if residual is not None:
+        residual = _like_x(operation, "residual", residual, x)
+    if out is not None:
+        _output(operation, out, x, residual)
+
+    y = out if out is not None and layout.lies_so(out) else layout.empty(shape, dtype)
+    mean_out, variance_out = np.empty(channels, stat), np.empty(channels, stat)
+    batch = np.empty((2, channels))
+    count = _core.forward(
+        code,
+        layout.outer,
+        layout.channels,
+        layout.inner,
+        layout.memory(x),
+        training,
+        mean,
+        variance,
+        weights,
+        scale,
+        offset,
+        None if residual is None else layout.memory(residual),
+        activation,
+        epsilon,
+        correction,
+        factor,
+        y,
+        mean_out,
+        variance_out,
+        batch[0],
+        batch[1],
+    )
+    if out is not None and y is not out:
+        out[...] = y
+        y = out
+    return Forward(y, mean_out, variance_out, batch[0], batch[1], count)
+
+
+def fused_batch_norm(
+    x: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any = None,
+    variance: Any = None,
+    epsilon: Any = 0.001,
+    data_format: Any = "NHWC",
+    is_training: Any = True,
+    exponential_avg_factor: Any = 1.0,
+    *,
+    axis: Any = None,
+    activation: Any = None,
+    residual: Any = None,
+    weights: Any = None,
+    correction: Any = 1,
+    out: Any = None,
+) -> FusedBatchNorm:
+    """See :func:`fusebn.fused_batch_norm`."""
+    operation = "fused_batch_norm"
+    x = array_of(operation, "x", x)
+    result = forward(
+        operation,
+        x,
+        scale,
+        offset,
+        mean,
+        variance,
+        epsilon,
+        _spec.channel_axis(operation, x.shape, data_format, axis),
+        _spec.flag(operation, "is_training", is_training),
+        _spec.fraction(operation, "exponential_avg_factor", exponential_avg_factor),
+        activation,
+        residual,
+        weights,
+        correction,
+        out,
+    )
+    return FusedBatchNorm(result.y, result.mean, result.variance)
+
+
+def gradient(
+    operation: str,
+    dy: Any,
+    x: Array,
+    scale: Any,
+    offset: Any,
+    mean: Any,
+    variance: Any,
+    epsilon: Any,
+    axis: int,
+    training: bool,
+    activation: Any,
+    residual: Any,
+    weights: Any,
+    dmean: Any,
+    dvariance: Any,
+) -> FusedBatchNormGrad:
+    """Do what :func:`fusebn.fused_batch_norm_grad` and :class:`fusebn.BatchNorm` share."""
+    code = _spec.element_type(operation, "x", x.dtype.name)
+    shape, dtype = x.shape, x.dtype.newbyteorder("=")
+    channels = shape[axis]
+    stat = "float64" if code == 3 else "float32"
+    dy = _like_x(operation, "dy", dy, x)
+    for name, value in (("mean", mean), ("variance", variance)):
+        if value is None:
+            expected = "be given: the one that normalized x"
+            _spec.fail(ValueError, operation, name, expected, "None")
+    mean = _vector(operation, "mean", mean, "float64", channels, shape)
+    variance = _vector(operation, "variance", variance, "float64", channels, shape)
+    _check_variance(operation, variance)
+    scale = _vector(operation, "scale", scale, stat, channels, shape)
+    offset = _vector(operation, "offset", offset, stat, channels, shape)
+    dmean = _vector(operation, "dmean", dmean, stat, channels, shape)
+    dvariance = _vector(operation, "dvariance", dvariance, stat, channels, shape)
+    if not training and (dmean is not None or dvariance is not None):
+        name = "dmean" if dmean is not None else "dvariance"
+        expected = "be None with is_training=False, where the statistics do not depend on x"
+        _spec.fail(ValueError, operation, name, expected, "an array")
+    epsilon = _spec.non_negative(operation, "epsilon", epsilon)
+    activation = _spec.activation(operation, activation)
+    layout = layout_of_axis(x, axis)
+    if weights is not None:
+        others = shape[:axis] + shape[axis + 1 :]
+        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+    if residual is not None:
+        residual = _like_x(operation, "residual", residual, x)
+
+    dx = layout.empty(shape, dtype)
+    dresidual = None if residual is None else layout.empty(shape, dtype)
+    dscale = None if scale is None else np.empty(channels, stat)
+    doffset = None if offset is None else np.empty(channels, stat)
+    _core.gradient(
+        code,
+        layout.outer,
+        layout.channels,
+        layout.inner,
+        layout.memory(dy),
+        layout.memory(x),
+        training,
+        mean,
+        variance,
+        weights,
+        scale,
+        offset,
+        None if residual is None else layout.memory(residual),
+        activation,
+        epsilon,
+        dmean,
+        dvariance,
+        dx,
+        dresidual,
+        dscale,
+        doffset,
+    )
+    return FusedBatchNormGrad(dx, dscale, doffset, dresidual)
+
+
+def fused_batch_norm_grad(
+    dy: Any,
+    x: Any,
+    scale: Any,
+    offset: Any,
+    mean: Any,
+    variance: Any,
+    epsilon: Any = 0.001,
+    data_format: Any = "NHWC",
+    is_training: Any = True,
+    *,
+    axis: Any = None,
+    activation: Any = None,
+    residual: Any = None,
+    weights: Any = None,
+    dmean: Any = None,
+    dvariance: Any = None,
+) -> FusedBatchNormGrad:
+    """See :func:`fusebn.fused_batch_norm_grad`."""
+    operation = "fused_batch_norm_grad"
+    x = array_of(operation, "x", x)
+    return gradient(
+        operation,
+        dy,
+        x,
+        scale,
+        offset,
+        mean,
+        variance,
+        epsilon,
+        _spec.channel_axis(operation, x.shape, data_format, axis),
+        _spec.flag(operation, "is_training", is_training),
+        activation,
+        residual,
+        weights,
+        dmean,
+        dvariance,
+    )
+
+
+# ---- statistics ----
+
+
+def moments_of_blocks(
+    operation: str, x: Any, axes: Any, weights: Any = None
+) -> tuple[float, Array, Array, tuple[int, ...]]:
+    """Return count, mean and m2 in float64, of the kept axes' shape, and the reduced axes."""
+    x = array_of(operation, "x", x)
+    code = _spec.element_type(operation, "x", x.dtype.name)
+    reduced = _spec.axes_of(operation, axes, x.shape)
+    kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
+    layout = layout_of_axes(x, kept)
+    if weights is not None:
+        stat = "float64" if code == 3 else "float32"
+        shape = tuple(x.shape[axis] for axis in reduced)
+        weights = layout.positions(_weights(operation, "weights", weights, stat, shape), stat)
+    mean, m2 = np.empty(layout.channels), np.empty(layout.channels)
+    count = _core.moments(
+        code, layout.outer, layout.channels, layout.inner, layout.memory(x), weights, mean, m2
+    )
+    mean, m2 = layout.channel_array(mean, x.shape), layout.channel_array(m2, x.shape)
+    return count, mean, m2, reduced
+
+
+def _returned(x: Any, reduced: tuple[int, ...], keepdims: bool, *statistics: Array) -> list[Array]:
+    """Round statistics to the type that x's dtype calls for, with the reduced axes if kept."""
+    stat = _spec.stat_type(x.dtype.name)
+    rounded = [np.asarray(value).astype(stat) for value in statistics]
+    return [np.expand_dims(value, reduced) for value in rounded] if keepdims else rounded
+
+
+def moments(
+    x: Any, axes: Any, *, weights: Any = None, keepdims: Any = False
+) -> tuple[Array, Array]:
+    """See :func:`fusebn.moments`."""
+    keepdims = _spec.flag("moments", "keepdims", keepdims)
+    count, mean, m2, reduced = moments_of_blocks("moments", x, axes, weights)
+    if count == 0:
+        mean, m2 = mean + math.nan, m2 + math.nan
+    mean, variance = _returned(x, reduced, keepdims, mean, m2 / (count or 1))
+    return mean, variance
+
+
+def weighted_moments(
+    x: Any, axes: Any, frequency_weights: Any, keepdims: Any = False
+) -> tuple[Array, Array]:
+    """See :func:`fusebn.weighted_moments`."""
+    operation = "weighted_moments"
+    x = array_of(operation, "x", x)
+    _spec.element_type(operation, "x", x.dtype.name)
+    keepdims = _spec.flag(operation, "keepdims", keepdims)
+    reduced = _spec.axes_of(operation, axes, x.shape)
+    shape = np.shape(frequency_weights)
+    full = (1,) * (x.ndim - len(shape)) + shape
+    if all(full[axis] == 1 for axis in range(x.ndim) if axis not in reduced):
+        kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
+        weights = np.asarray(frequency_weights).reshape(full).squeeze(kept)
+        count, mean, m2, _ = moments_of_blocks(operation, x, reduced, weights)
+        total = np.float64(count)
+    else:
+        total, mean, m2 = _moments_of_own_weights(operation, x, reduced, frequency_weights)
+    with np.errstate(invalid="ignore"):
+        mean = np.where(total > 0, mean, math.nan)
+        variance = np.where(total > 0, m2, math.nan) / np.where(total > 0, total, 1)
+    mean, variance = _returned(x, reduced, keepdims, mean, variance)
+    return mean, variance
+
+
+def _moments_of_own_weights(
+    operation: str, x: Array, reduced: tuple[int, ...], frequency_weights: Any
+) -> tuple[Array, Array, Array]:
+    """Weights that differ between channels, which the core has no verb for: two passes in NumPy."""
+    weights = _weights(operation, "frequency_weights", frequency_weights, "float64", x.shape)
+    wide = np.where(weights > 0, x, 0).astype(np.float64)
+    total = weights.sum(reduced, keepdims=True)
+    mean = (weights * wide).sum(reduced, keepdims=True) / np.where(total > 0, total, 1)
+    m2 = (weights * (wide - mean) ** 2).sum(reduced)
+    return total.squeeze(reduced), mean.squeeze(reduced), m2
+
+
+def sufficient_statistics(
+    x: Any, axes: Any, shift: Any = None, keepdims: Any = False
+) -> tuple[Array, Array, Array, Array | None]:
+    """See :func:`fusebn.sufficient_statistics`."""
+    operation = "sufficient_statistics"
+    keepdims = _spec.flag(operation, "keepdims", keepdims)
+    count, mean, m2, reduced = moments_of_blocks(operation, x, axes)
+    if shift is not None:
+        kept = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
+        wide = _parameter(operation, "shift", shift, "float64")
+        try:
+            wide = np.broadcast_to(wide, kept).squeeze(reduced)
+        except ValueError:
+            expected = f"broadcast to {kept}, one value for each mean"
+            _spec.fail(ValueError, operation, "shift", expected, f"shape {wide.shape}")
+        mean = mean - wide
+        shift = np.asarray(shift)
+    total = np.asarray(count, _spec.stat_type(x.dtype.name))
+    mean_ss, variance_ss = _returned(
+        x, reduced, keepdims, count * mean, m2 + count * mean * mean
+    )
+    return total, mean_ss, variance_ss, shift
+
+
+def normalize_moments(
+    counts: Any, mean_ss: Any, variance_ss: Any, shift: Any
+) -> tuple[Array, Array]:
+    """See :func:`fusebn.normalize_moments`."""
+    operation = "normalize_moments"
+    mean_ss = array_of(operation, "mean_ss", mean_ss)
+    _spec.element_type(operation, "mean_ss", mean_ss.dtype.name)
+    stat = _spec.stat_type(mean_ss.dtype.name)
+    total = np.asarray(counts, np.float64)
+    sums = mean_ss.astype(np.float64)
+    squares = _parameter(operation, "variance_ss", variance_ss, "float64")
+    _spec.same_shape(operation, "variance_ss", squares.shape, sums.shape, of="mean_ss")
+    if not (total >= 0).all():
+        _spec.fail(ValueError, operation, "counts", "not be negative", f"{total.min()}")
+    total = np.where(total > 0, total, math.nan)
+    shifted = sums / total
+    variance = np.maximum(squares / total - shifted * shifted, 0)
+    if shift is not None:
+        shifted = shifted + _parameter(operation, "shift", shift, "float64")
+    return shifted.astype(stat), variance.astype(stat)
+
+
+# ---- normalization by given statistics ----
+
+
+def batch_normalization(
+    x: Any,
+    mean: Any,
+    variance: Any,
+    offset: Any,
+    scale: Any,
+    variance_epsilon: Any,
+    operation: str = "batch_normalization",
+) -> Array:
+    """See :func:`fusebn.batch_normalization`."""
+    x = array_of(operation, "x", x)
+    code = _spec.element_type(operation, "x", x.dtype.name)
+    stat = "float64" if code == 3 else "float32"
+    epsilon = _spec.non_negative(operation, "variance_epsilon", variance_epsilon)
+    given = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
+    parameters = {}
+    for name, value in given.items():
+        if value is None and name in ("mean", "variance"):
+            _spec.fail(TypeError, operation, name, "be an array", "None")
+        if value is not None:
+            shape = np.shape(value)
+            parameters[name] = _parameter(operation, name, value, stat).reshape(shape)
+    _check_variance(operation, parameters["variance"])
+    shape = x.shape
+    for name, array in parameters.items():
+        try:
+            shape = np.broadcast_shapes(shape, array.shape)
+        except ValueError:
+            expected = f"broadcast against x of shape {x.shape}"
+            _spec.fail(ValueError, operation, name, expected, f"shape {array.shape}")
+    x = np.broadcast_to(x, shape)
+
+    # The channels are the axes along which any parameter varies.
+    rank = len(shape)
+    full = {name: (1,) * (rank - a.ndim) + a.shape for name, a in parameters.items()}
+    channel_axes = tuple(
+        axis for axis in range(rank) if any(sizes[axis] > 1 for sizes in full.values())
+    )
+    layout = layout_of_axes(x, channel_axes)
+    channel_shape = tuple(shape[axis] for axis in channel_axes)
+    others = tuple(axis for axis in range(rank) if axis not in channel_axes)
+    vectors: dict[str, Array | None] = dict.fromkeys(given)
+    for name, array in parameters.items():
+        own = array.reshape(full[name]).squeeze(others)
+        vectors[name] = layout.channel_vector(np.broadcast_to(own, channel_shape), stat)
+    y = layout.empty(shape, x.dtype.newbyteorder("="))
+    _core.forward(
+        code,
+        layout.outer,
+        layout.channels,
+        layout.inner,
+        layout.memory(x),
+        False,
+        vectors["mean"],
+        vectors["variance"],
+        None,
+        vectors["scale"],
+        vectors["offset"],
+        None,
+        _spec.activation(operation, None),
+        epsilon,
+        0.0,
+        1.0,
+        y,
+        None,
+        None,
+        None,
+        None,
+    )
+    return y
+
+
+def batch_norm_with_global_normalization(
+    input: Any,
+    mean: Any,
+    variance: Any,
+    beta: Any,
+    gamma: Any,
+    variance_epsilon: Any,
+    scale_after_normalization: Any,
+) -> Array:
+    """See :func:`fusebn.batch_norm_with_global_normalization`."""
+    operation = "batch_norm_with_global_normalization"
+    scaled = _spec.flag(operation, "scale_after_normalization", scale_after_normalization)
+    scale = gamma if scaled else None
+    return batch_normalization(input, mean, variance, beta, scale, variance_epsilon, operation)
