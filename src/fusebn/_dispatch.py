@@ -7,6 +7,7 @@ array. So a framework that is missing, heavy or broken costs nothing until someb
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from fusebn import _spec
 
@@ -15,7 +16,7 @@ _ADAPTERS = {"numpy": "fusebn._numpy"}
 
 
 @cache
-def _adapter_of_type(kind: type) -> ModuleType | None:
+def _adapter_of_type(kind: type[Any]) -> ModuleType | None:
     for base in kind.__mro__:
         name = _ADAPTERS.get(base.__module__.partition(".")[0])
         if name is not None:
@@ -23,7 +24,7 @@ def _adapter_of_type(kind: type) -> ModuleType | None:
     return None
 
 
-def adapter_of(operation: str, x: object, argument: str = "x") -> ModuleType:
+def adapter_of(operation: str, x: Any, argument: str = "x") -> ModuleType:
     """Return the module whose functions take x."""
     adapter = _adapter_of_type(type(x))
     if adapter is None:

@@ -246,7 +246,9 @@ class BatchNorm:
             out,
         )
         if update:
-            self._update(*(batch or (result.count, result.batch_mean, result.batch_variance)))
+            self._update(
+                *(batch or (result.total_weight, result.batch_mean, result.batch_variance))
+            )
         overwritten = out is not None and np.may_share_memory(out, x)
         self._last = _Call(
             x, result.batch_mean, result.batch_variance, training, residual, weights, overwritten
@@ -262,7 +264,9 @@ class BatchNorm:
             shown = ", ".join(map(str, bad[:8])) + (", ..." if bad.size > 8 else "")
             fix = 'Use nonfinite="skip" to leave such channels out of the moving statistics.'
             expected = 'hold finite values (nonfinite="raise")'
-            _spec.fail(ValueError, "BatchNorm", "x", expected, f"NaN or Inf in channels {shown}", fix)
+            _spec.fail(
+                ValueError, "BatchNorm", "x", expected, f"NaN or Inf in channels {shown}", fix
+            )
         return count, mean, m2 / (count or 1)
 
     def _update(self, count: float, mean: Array, variance: Array) -> None:
@@ -350,7 +354,7 @@ class BatchNorm:
         }
         return {key: value.copy() for key, value in state.items() if value is not None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Take over a state, its convention included; all of it or, on an error, nothing.
 
         Raises

@@ -134,7 +134,7 @@ class Moments:
         std: Array = np.sqrt(self.variance(correction))
         return std
 
-    def merge(self, *others: Moments) -> Moments:
+    def merge(self, *others: Any) -> Moments:
         """Return the moments of this part and the others together, joined from left to right.
 
         Examples
@@ -161,9 +161,7 @@ class Moments:
         shape, other_shape = self._mean.shape, other._mean.shape
         if shape != other_shape:
             expected = f"have the same channels, shape {shape}"
-            _spec.fail(
-                ValueError, "Moments.merge", "others", expected, f"shape {other_shape}"
-            )
+            _spec.fail(ValueError, "Moments.merge", "others", expected, f"shape {other_shape}")
         count = self._count + other._count
         share = other._count / count
         delta = other._mean - self._mean

@@ -108,9 +108,9 @@ def _weights(
             f"broadcast to {shape}, one weight for each position that is reduced",
             f"shape {array.shape}",
         )
-    full = full.astype(dtype, copy=False)
-    if array.size and not (array.astype(dtype).min() >= 0 and np.isfinite(array.astype(dtype)).all()):
-        got = f"{array.astype(dtype).min()}" if np.isfinite(array.astype(dtype)).all() else "NaN or Inf"
+    smallest, largest = (array.min(), array.max()) if array.size else (0, 0)
+    if not (smallest >= 0 and largest < np.inf):
+        got = f"{smallest}" if smallest < 0 else f"{largest}"
         _spec.fail(ValueError, operation, argument, "be finite and not negative", got)
     return full
 
@@ -137,7 +137,7 @@ def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
 
 def _overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=1000)
+        return np.shares_memory(a, b, max_work=1000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -153,7 +153,7 @@ class Forward(NamedTuple):
     variance: Array
     batch_mean: Array  # what normalized x, in float64; the variance is the biased one
     batch_variance: Array
-    count: float  # of the batch, 0 outside training
+    total_weight: float  # the batch's count; 0 outside training
 
 
 def forward(
@@ -178,9 +178,7 @@ def forward(
     shape, dtype = x.shape, x.dtype.newbyteorder("=")
     channels = shape[axis]
     stat = "float64" if code == 3 else "float32"
-    if _spec.statistics_given(
-        operation, training, factor, mean is not None, variance is not None
-    ):
+    if _spec.statistics_given(operation, training, factor, mean is not None, variance is not None):
         mean = _vector(operation, "mean", mean, stat, channels, shape)
         variance = _vector(operation, "variance", variance, stat, channels, shape)
         _check_variance(operation, variance)
@@ -448,7 +446,7 @@ def weighted_moments(
         kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
         weights = np.asarray(frequency_weights).reshape(full).squeeze(kept)
         count, mean, m2, _ = moments_of_blocks(operation, x, reduced, weights)
-        total = np.float64(count)
+        total = np.asarray(count)
     else:
         total, mean, m2 = _moments_of_own_weights(operation, x, reduced, frequency_weights)
     with np.errstate(invalid="ignore"):
@@ -488,9 +486,7 @@ def sufficient_statistics(
         mean = mean - wide
         shift = np.asarray(shift)
     total = np.asarray(count, _spec.stat_type(x.dtype.name))
-    mean_ss, variance_ss = _returned(
-        x, reduced, keepdims, count * mean, m2 + count * mean * mean
-    )
+    mean_ss, variance_ss = _returned(x, reduced, keepdims, count * mean, m2 + count * mean * mean)
     return total, mean_ss, variance_ss, shift
 
 

@@ -179,15 +179,14 @@ def channel_vector(
 
 def real(operation: str, argument: str, value: Any) -> float:
     """Return a real number as a float; arrays of rank 0 are numbers, bools are not."""
-    shape = getattr(value, "shape", None)
-    if (
-        isinstance(value, Real)
-        and not isinstance(value, bool)
-        or shape == ()
-        and getattr(value.dtype, "kind", "") in "fiuV"
-    ):
-        return float(value)
-    fail(TypeError, operation, argument, "be a real number", repr(value))
+    if isinstance(value, Real):
+        is_real = type(value) is not bool
+    else:
+        # bfloat16 says it is of kind V.
+        is_real = getattr(value, "shape", None) == () and value.dtype.kind in "fiuV"
+    if not is_real:
+        fail(TypeError, operation, argument, "be a real number", repr(value))
+    return float(value)
 
 
 def non_negative(operation: str, argument: str, value: Any) -> float:
@@ -244,7 +243,7 @@ def one_of(operation: str, argument: str, value: Any, choices: Collection[str]) 
 def positive_integer(operation: str, argument: str, value: Any, most: int | None = None) -> int:
     """Return an integer that is at least 1."""
     number = integer(operation, argument, value)
-    if number < 1 or most is not None and number > most:
+    if number < 1 or (most is not None and number > most):
         bound = "be at least 1" if most is None else f"lie in [1, {most}]"
         fail(ValueError, operation, argument, bound, repr(number))
     return number

@@ -21,7 +21,7 @@ from fusebn._layer import BatchNorm
 _FORMAT = "fusebn/1"
 
 
-def save(path: str | os.PathLike[str], layers: Mapping[str, Any]) -> None:
+def save(path: str | os.PathLike[str], layers: Any) -> None:
     """See :func:`fusebn.save`."""
     if not isinstance(layers, Mapping):
         fix = 'Give each a name: {"bn": layer}.'
