@@ -132,6 +132,11 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
   });
 }
 
+void py_floor(int kind, In a, In b, Out out, int64_t n) {
+  nb::gil_scoped_release released;
+  floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, pool());
+}
+
 nb::list py_instruction_sets() {
   nb::list names;
   for (const char* const* name = instruction_sets(); *name; ++name) names.append(nb::str(*name));
@@ -155,6 +160,9 @@ NB_MODULE(_core, m) {
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),
         nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"), array("dx"),
         array("dresidual"), array("dscale"), array("doffset"));
+  m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"));
+  m.def("streaming_bytes", &streaming_bytes);
+  m.def("set_streaming_bytes", &set_streaming_bytes, nb::arg("bytes"));
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, nb::arg("count"));
   m.def("instruction_sets", &py_instruction_sets);

@@ -46,6 +46,11 @@ struct Sums {
     return {splat(m[c]), splat(a[c]), splat(b[c])};
   }
 
+  FUSEBN_INLINE void prefetch(int64_t e) const {
+    __builtin_prefetch(x + e, 0, 2);
+    __builtin_prefetch(dy + e, 0, 2);
+  }
+
   template <bool rows, class L>
   FUSEBN_INLINE void terms(int64_t e, int64_t, const Constants& k, L lanes, V& u, V& v) const {
     const V centred = load(x + e, lanes) - k.m;
@@ -100,9 +105,9 @@ struct Backward {
   const T* x;
   const T* residual;
   const S* weights;
-  T* dx;
+  T* out;  // dx
   T* dresidual;
-  bool training;
+  bool training, streaming, streaming_residual;
 
   template <bool rows, class L>
   FUSEBN_INLINE void visit(int64_t e, int64_t position, const V (&k)[5], L lanes) const {
@@ -125,8 +130,8 @@ struct Backward {
       }
       result = result + through;
     }
-    store(dx + e, result, lanes);
-    if (dresidual) store(dresidual + e, g, lanes);
+    write(out + e, result, lanes, streaming);
+    if (dresidual) write(dresidual + e, g, lanes, streaming_residual);
   }
 };
 
@@ -194,9 +199,13 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
     constants.set(c, {S(n.mean[c]), S(affine.a), S(affine.b(n, c)), S(p), S(q)});
   }
   constants.seal();
+  const bool streaming = b.elements() * int64_t(sizeof(T)) >= streaming_bytes();
+  // Both outputs are streamed if the vectors that are aligned for one are for the other.
+  const bool together = streaming && (uintptr_t(dx) - uintptr_t(dresidual)) % kStreamAlign<T> == 0;
   with_activation(n.activation, [&]<Activation A>() {
-    map(Backward<T, A>{dy, x, n.residual, training ? weights : nullptr, dx, dresidual, training}, b,
-        constants, training && weights, executor);
+    map(Backward<T, A>{dy, x, n.residual, training ? weights : nullptr, dx, dresidual, training,
+                       streaming, together},
+        b, constants, training && weights, executor);
   });
 }
 

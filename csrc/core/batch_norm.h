@@ -82,6 +82,15 @@ struct Verbs {
 template <class T>
 const Verbs<T>& verbs();
 
+// What the memory allows: see floors.cpp. Arrays of n floats, 64-byte aligned; n a multiple of 16.
+enum class Floor { read, copy, stream, read2, copy2, stream2 };
+void floor(Floor, const float* a, const float* b, float* out, int64_t n, Executor&);
+
+// Outputs of at least this many bytes are written past the cache: they would not stay in it, and a
+// plain store first reads what it overwrites. To be set to the size of the last-level cache.
+int64_t streaming_bytes();
+void set_streaming_bytes(int64_t bytes);
+
 // The instruction sets this machine can run, best first, ending in null; and the chosen one.
 // `choose_instruction_set` returns false for a name that is not among them.
 const char* const* instruction_sets();

@@ -22,6 +22,7 @@ namespace fusebn {
   template <class T>                                                                              \
   void backward(const T*, const T*, Block, const Normalization<T>&, const StatisticsGradient<T>*, \
                 const Stat<T>*, T*, T*, Executor&);                                               \
+  void floor(Floor, const float*, const float*, float*, int64_t, Executor&);                      \
   template <class T>                                                                              \
   constexpr Verbs<T> kVerbs{moments<T>, normalize<T>, backward_sums<T>, backward<T>};             \
   }
@@ -69,6 +70,26 @@ const Verbs<T>& verbs() {
 #else
   return baseline::kVerbs<T>;
 #endif
+}
+
+void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Executor& executor) {
+#ifdef __x86_64__
+  switch (chosen.load(std::memory_order_relaxed)[sizeof "x86-64-v" - 1]) {
+    case '4': return x86_64_v4::floor(kind, a, b, out, n, executor);
+    case '3': return x86_64_v3::floor(kind, a, b, out, n, executor);
+    default: return x86_64_v2::floor(kind, a, b, out, n, executor);
+  }
+#else
+  return baseline::floor(kind, a, b, out, n, executor);
+#endif
+}
+
+namespace {
+std::atomic<int64_t> least_streamed{32 << 20};  // a usual last-level cache, until told better
+}
+int64_t streaming_bytes() { return least_streamed.load(std::memory_order_relaxed); }
+void set_streaming_bytes(int64_t bytes) {
+  least_streamed.store(bytes, std::memory_order_relaxed);
 }
 
 template const Verbs<float16>& verbs<float16>();

@@ -77,6 +77,10 @@ struct Sums {
   }
   FUSEBN_INLINE Constants constant(int64_t c) const { return {splat(origin[c - c0])}; }
 
+  FUSEBN_INLINE void prefetch(int64_t e) const {
+    __builtin_prefetch(x + e, 0, 2);
+  }
+
   template <bool rows, class L>
   FUSEBN_INLINE void terms(int64_t e, int64_t p, const Constants& k, L lanes, V& u, V& v) const {
     V d = load(x + e, lanes) - k.origin, wd;
@@ -107,9 +111,10 @@ struct Sums {
     for (int64_t j = 0; j < n; ++j) {
       const double d = u[j] * inverse, run_m2 = v[j] - u[j] * d;
       const double delta = (double(o[j]) - from[j]) + d - m[j];
-      m[j] += delta * share;
-      q[j] += (run_m2 < 0 ? 0 : run_m2) + delta * delta * cross;
-      o[j] = S(from[j] + m[j]);
+      const double joined = m[j] + delta * share;
+      m[j] = joined;
+      q[j] += (run_m2 < 0 ? 0 : run_m2) + delta * delta * cross;  // rounding may leave -1e-20
+      o[j] = S(from[j] + joined);
     }
   }
 };

@@ -11,12 +11,13 @@ struct Normalize {
   using V = Vec<Stat<T>>;
   const T* x;
   const T* residual;
-  T* y;
+  T* out;
+  bool streaming;
 
   template <bool rows, class L>
   FUSEBN_INLINE void visit(int64_t e, int64_t, const V (&k)[3], L lanes) const {
     const V z = preactivation(load(x + e, lanes) - k[0], k[1], k[2], residual, e, lanes);
-    store(y + e, activate<A>(z), lanes);
+    write(out + e, activate<A>(z), lanes, streaming);
   }
 };
 
@@ -32,8 +33,9 @@ void normalize(const T* x, Block b, const Normalization<T>& n, T* y, Executor& e
     constants.set(c, {S(n.mean[c]), S(affine.a), S(affine.b(n, c))});
   }
   constants.seal();
+  const bool streaming = b.elements() * int64_t(sizeof(T)) >= streaming_bytes();
   with_activation(n.activation, [&]<Activation A>() {
-    map(Normalize<T, A>{x, n.residual, y}, b, constants, false, executor);
+    map(Normalize<T, A>{x, n.residual, y, streaming}, b, constants, false, executor);
   });
 }
 

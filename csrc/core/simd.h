@@ -138,11 +138,11 @@ FUSEBN_INLINE Vec<S> keep(Vec<S> v, Full) {
 }
 template <class S>
 FUSEBN_INLINE Vec<S> keep(Vec<S> v, Part lanes) {
-  S lane[Vec<S>::kLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int64_t i = lanes.n; i < Vec<S>::kLanes; ++i) lane[i] = 0;
-  __builtin_memcpy(&v, lane, sizeof v);
-  return v;
+  alignas(64) static constexpr S kIndex[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                               8, 9, 10, 11, 12, 13, 14, 15};
+  Vec<S> index;
+  __builtin_memcpy(&index, kIndex, sizeof index);
+  return where_less(index, splat(S(lanes.n)), v, splat(S(0)));
 }
 
 // The sum of all lanes, by halves: the same order on every machine.
@@ -244,6 +244,37 @@ FUSEBN_INLINE void store(T* p, Vec<Stat<T>> v, Full) {
     else
       __builtin_memcpy(p + i * V::kPartLanes, &v.part[i], sizeof v.part[i]);
   }
+}
+
+// Past the cache, to an address that is a multiple of kStreamAlign; fence() before others may read.
+template <class T>
+inline constexpr int64_t kStreamAlign = sizeof(T) * Vec<Stat<T>>::kLanes;
+
+template <class T>
+FUSEBN_INLINE void stream(T* p, Vec<Stat<T>> v) {
+#ifdef __x86_64__
+  alignas(64) char bytes[kStreamAlign<T>];
+  store(reinterpret_cast<T*>(bytes), v, Full{});
+#if FUSEBN_AVX512
+  if constexpr (sizeof bytes == 64)
+    return _mm512_stream_si512((__m512i*)p, _mm512_load_si512((const __m512i*)bytes));
+#endif
+#if FUSEBN_AVX512 || FUSEBN_AVX2
+  for (int i = 0; i < int(sizeof bytes); i += 32)
+    _mm256_stream_si256((__m256i*)((char*)p + i), _mm256_load_si256((const __m256i*)(bytes + i)));
+#else
+  for (int i = 0; i < int(sizeof bytes); i += 16)
+    _mm_stream_si128((__m128i*)((char*)p + i), _mm_load_si128((const __m128i*)(bytes + i)));
+#endif
+#else
+  store(p, v, Full{});
+#endif
+}
+
+FUSEBN_INLINE void fence() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
 }
 
 // The lanes that do not count are read as 0 and never written.

@@ -38,13 +38,17 @@ class Scratch {
 // at most kMaxTasks of them along the positions, which bounds the partial results a channel.
 inline constexpr int64_t kTaskElements = 32768;
 inline constexpr int64_t kMaxTasks = 64;
-// Channels of one task: in rows, a contiguous 4 KiB of float; in planes, as many as fill 16 KiB.
+// Channels of one task: in rows, a contiguous 4 KiB of float; in planes, as many as fill 64 KiB.
 inline constexpr int64_t kRowGroup = 1024;
-inline constexpr int64_t kPlaneGroupElements = 4096;
+inline constexpr int64_t kPlaneGroupElements = 16384;
 inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
+inline constexpr int64_t kPlaneRunTerms = kRunTerms * 16 * 4;  // 16 lanes, 4 sums each
+// Rows of a band (reduce_rows), and how far ahead planes are prefetched, in elements.
+inline constexpr int64_t kBand = 8;
+inline constexpr int64_t kPlaneAhead = 1024;
 
 // The cut of a block for `reduce`: chunks of positions times groups of channels.
 struct Cut {
@@ -62,7 +66,7 @@ struct Cut {
     const int64_t tasks = most(1, least(b.elements() / kTaskElements, kMaxTasks));
     const int64_t wanted = ceil_div(b.positions(), ceil_div(tasks, groups));
     // Whole runs, and whole planes where a run holds several of them.
-    const int64_t run = b.inner == 1 ? kRunTerms : kRunTerms * 16;
+    const int64_t run = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
     const int64_t unit = b.inner >= run ? run : (run / b.inner) * b.inner;
     chunk = ceil_div(wanted, unit) * unit;
     chunks = ceil_div(b.positions(), chunk);
@@ -71,14 +75,14 @@ struct Cut {
 
 // The run that starts at position p of a chunk that ends at `end`, `done` positions into it.
 //
-// Runs grow 4, 16, 64 (in planes 16, 64, 256, 1024): a run is at most four times as long as all
+// Runs grow 4, 16, 64 (in planes 16, 64, 256, 1024, 4096): a run is at most four times as long as all
 // before it. Moments takes distances from the mean of what came before; so, whatever the data, the
 // sum of squares it subtracts from is at most about five times what that run adds to m2 (a run of k
 // at distance d from the n = k / 4 before it costs k d^2 and contributes n k / (n + k) d^2), and
 // the subtraction costs at most that factor in accuracy.
 FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
   const int64_t first = b.inner == 1 ? 4 : 16;
-  const int64_t longest = b.inner == 1 ? kRunTerms : kRunTerms * 16;
+  const int64_t longest = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
   const int64_t length = done ? least(4 * done, longest) : first;
   const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
   if (length < left || in_plane) return least(least(length, left), end - p);
@@ -86,6 +90,7 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) 
 }
 
 // A kernel for `reduce` sums two terms a channel. It offers
+//   prefetch(e)                 element e will be read soon
 //   begin(p, n)                 a run of n positions starts at p
 //   Constants constants(c, lanes), Constants constant(c)
 //                               what the terms need of the channels c.. side by side, or of c alone
@@ -94,38 +99,50 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) 
 //                               the positions p.. (planes), to u and v; dead lanes are ignored
 //   join(c, n, u, v)            the run's sums of the channels c .. c + n
 template <class S, int tile, class K, class L>
-FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t c, L lanes,
-                               int64_t skip, int64_t count) {
+FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t c, L lanes, S* to_u,
+                               S* to_v, int64_t ahead) {
   constexpr int kLanes = Vec<S>::kLanes;
   Vec<S> u[tile], v[tile];
   typename K::Constants k[tile];
   for (int j = 0; j < tile; ++j) {
-    u[j] = v[j] = splat(S(0));
+    u[j] = load(to_u + j * kLanes, Full{});
+    v[j] = load(to_v + j * kLanes, Full{});
     k[j] = kernel.constants(c + j * kLanes, lanes);
   }
   for (int64_t r = p; r < p + n; ++r)
-    for (int j = 0; j < tile; ++j)
+    for (int j = 0; j < tile; ++j) {
+      kernel.prefetch(ahead);
+      ahead += kLanes;
       kernel.template terms<true>(r * b.channels + c + j * kLanes, r, k[j], lanes, u[j], v[j]);
-  S lane_u[tile * kLanes], lane_v[tile * kLanes];
-  __builtin_memcpy(lane_u, u, sizeof u);
-  __builtin_memcpy(lane_v, v, sizeof v);
-  kernel.join(c + skip, count, lane_u + skip, lane_v + skip);
+    }
+  for (int j = 0; j < tile; ++j) {
+    store(to_u + j * kLanes, u[j], Full{});
+    store(to_v + j * kLanes, v[j], Full{});
+  }
 }
 
+// A band of rows is read tile by tile, so that the sums stay in registers. The hardware does not
+// foresee that order (a tile is 256 bytes of every row, and rows are often a power of two apart), so
+// the next band is asked for in the order of memory, into L2: in L1 its rows would collide.
 template <class S, class K>
 void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
   constexpr int kLanes = Vec<S>::kLanes;
-  int64_t c = c0;
-  for (; c + 4 * kLanes <= c1; c += 4 * kLanes)
-    reduce_tile<S, 4>(kernel, b, p, n, c, Full{}, 0, 4 * kLanes);
-  for (; c + kLanes <= c1; c += kLanes) reduce_tile<S, 1>(kernel, b, p, n, c, Full{}, 0, kLanes);
-  const int64_t rest = c1 - c;
-  if (rest == 0) return;
-  // Look back to fill the last vector, and join only the channels that are still to be joined.
-  if (c1 - c0 >= kLanes)
-    reduce_tile<S, 1>(kernel, b, p, n, c1 - kLanes, Full{}, kLanes - rest, rest);
-  else
-    reduce_tile<S, 1>(kernel, b, p, n, c, Part{rest}, 0, rest);
+  S u[kRowGroup + kLanes], v[kRowGroup + kLanes];
+  for (int64_t c = 0; c < c1 - c0 + kLanes; ++c) u[c] = v[c] = 0;
+  for (int64_t r = p; r < p + n; r += kBand) {
+    const int64_t rows = least(kBand, p + n - r);
+    int64_t c = c0;
+    const int64_t next = (r + kBand) * b.channels + c0;
+    const auto tile = [&]<int width>(auto lanes) {
+      const int64_t at = c - c0;
+      reduce_tile<S, width>(kernel, b, r, rows, c, lanes, u + at, v + at, next + at * rows);
+      c += width * kLanes;
+    };
+    while (c + 4 * kLanes <= c1) tile.template operator()<4>(Full{});
+    while (c + kLanes <= c1) tile.template operator()<1>(Full{});
+    if (c < c1) tile.template operator()<1>(Part{c1 - c});
+  }
+  kernel.join(c0, c1 - c0, u, v);
 }
 
 // A run lies inside one plane of each channel, or is made of whole planes. Memory order: for every
@@ -140,13 +157,21 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
     for (int64_t c = c0; c < c1; ++c) {
       const auto k = kernel.constant(c);
       const int64_t e = (at / b.inner * b.channels + c) * b.inner + i0;
-      Vec<S> su = u[c - c0], sv = v[c - c0];
+      // Four sums, since one would wait for its own last addition.
+      Vec<S> su[4], sv[4];
+      for (int j = 0; j < 4; ++j) su[j] = sv[j] = splat(S(0));
       int64_t i = 0;
+      for (; i + 4 * kLanes <= length; i += 4 * kLanes)
+        for (int j = 0; j < 4; ++j) {
+          const int64_t ij = i + j * kLanes;
+          kernel.prefetch(e + ij + kPlaneAhead);
+          kernel.template terms<false>(e + ij, at + ij, k, Full{}, su[j], sv[j]);
+        }
       for (; i + kLanes <= length; i += kLanes)
-        kernel.template terms<false>(e + i, at + i, k, Full{}, su, sv);
-      if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su, sv);
-      u[c - c0] = su;
-      v[c - c0] = sv;
+        kernel.template terms<false>(e + i, at + i, k, Full{}, su[0], sv[0]);
+      if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su[1], sv[1]);
+      u[c - c0] = u[c - c0] + ((su[0] + su[1]) + (su[2] + su[3]));
+      v[c - c0] = v[c - c0] + ((sv[0] + sv[1]) + (sv[2] + sv[3]));
     }
     at += length;
   }
@@ -230,14 +255,28 @@ class ChannelConstants {
   mutable Scratch<S> data_;
 };
 
-// A kernel for `map` is called as kernel.visit<rows>(e, p, k, lanes): the elements e.., the position
-// p they share (rows, when it reads weights) or start at (planes), and the constants.
+// Elements until out + e may be streamed to, at most `end - e`.
+template <class T>
+int64_t until_aligned(const T* out, int64_t e, int64_t end) {
+  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(out + e) % kStreamAlign<T>);
+  return beyond ? least((kStreamAlign<T> - beyond) / int64_t(sizeof(T)), end - e) : 0;
+}
+
+// A kernel for `map` writes `out` and is called as kernel.visit<rows>(e, p, k, lanes): the elements
+// e.., the position p they share (rows, when it reads weights) or start at (planes), and the
+// constants. Vectors are aligned on `out`, so that the kernel may stream the Full ones.
 template <class S, int N, class K>
 void map_rows(const K& kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
               int64_t end, int64_t p) {
   constexpr int kLanes = Vec<S>::kLanes;
   Vec<S> k[N];
   int64_t at = e % b.channels;
+  if (const int64_t head = until_aligned(kernel.out, e, end)) {
+    constants.read(at, k);
+    kernel.template visit<true>(e, p, k, Part{head});
+    e += head;
+    at = (at + head) % b.channels;
+  }
   for (; e + kLanes <= end; e += kLanes) {
     constants.read(at, k);
     kernel.template visit<true>(e, p, k, Full{});
@@ -253,8 +292,20 @@ void map_rows(const K& kernel, Block b, const ChannelConstants<S, N>& constants,
 template <class S, int N, class K>
 void map_plane(const K& kernel, const Vec<S> (&k)[N], int64_t e, int64_t end, int64_t p) {
   constexpr int kLanes = Vec<S>::kLanes;
+  if (const int64_t head = until_aligned(kernel.out, e, end)) {
+    kernel.template visit<false>(e, p, k, Part{head});
+    e += head;
+    p += head;
+  }
   for (; e + kLanes <= end; e += kLanes, p += kLanes) kernel.template visit<false>(e, p, k, Full{});
   if (e < end) kernel.template visit<false>(e, p, k, Part{end - e});
+}
+
+template <class T, class L>
+FUSEBN_INLINE void write(T* p, Vec<Stat<T>> v, L lanes, bool streaming) {
+  if constexpr (std::is_same_v<L, Full>)
+    if (streaming) return stream(p, v);
+  store(p, v, lanes);
 }
 
 // Visits every element once. `by_row`: the kernel needs to know its position (it reads weights).
@@ -283,6 +334,7 @@ void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool
         e = stop;
       }
     }
+    if (kernel.streaming) fence();
   };
   executor.run(tasks, Task::of(task));
 }

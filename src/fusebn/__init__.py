@@ -13,6 +13,7 @@ from typing import Any as _Any
 
 from fusebn import _core, _spec
 from fusebn._dispatch import adapter_of as _adapter_of
+from fusebn._info import cache_sizes as _cache_sizes
 from fusebn._info import info as _info
 from fusebn._layer import BatchNorm
 from fusebn._moments import Moments
@@ -404,8 +405,8 @@ def fused_batch_norm(
         broadcasting to it. They weigh the statistics; a position of weight 0 is left out of them,
         even if it holds NaN, but is normalized like any other. None means 1.
     correction : float
-        The variance returned is ``sum(w * (x - m)**2) / (n - correction)``: 1 is TensorFlow's, 0 the
-        biased one. Where n is not above it the divisor is n, so a single element has variance 0.
+        The variance returned is ``sum(w * (x - m)**2) / (n - correction)``: 1 is TensorFlow's, 0
+        the biased one. Where n is not above it the divisor is n, so a single element has variance 0.
     out : array of the shape and dtype of x, optional
         Where y is written. It may be x.
 
@@ -749,4 +750,5 @@ def _read_environment() -> None:
         _spec.fail(ValueError, "import fusebn", "FUSEBN_INSTRUCTION_SET", expected, repr(name))
 
 
+_core.set_streaming_bytes(max(_cache_sizes().values(), default=_core.streaming_bytes()))
 _read_environment()

@@ -26,7 +26,7 @@ def _adapter_of_type(kind: type[Any]) -> ModuleType | None:
 
 def adapter_of(operation: str, x: Any, argument: str = "x") -> ModuleType:
     """Return the module whose functions take x."""
-    adapter = _adapter_of_type(type(x))
+    adapter = _adapter_of_type(type(x))  # type: ignore[arg-type]  # a type is hashable
     if adapter is None:
         _spec.unsupported(operation, argument, x)
     return adapter

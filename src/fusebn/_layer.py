@@ -37,7 +37,8 @@ class BatchNorm:
         training   y = activation((x - mean(x)) * scale / sqrt(variance(x) + epsilon) + offset)
                    moving_mean     = (1 - factor) * moving_mean     + factor * mean(x)
                    moving_variance = (1 - factor) * moving_variance + factor * m2 / (n - correction)
-        inference  y = activation((x - moving_mean) * scale / sqrt(moving_variance + epsilon) + offset)
+        inference  y = activation((x - moving_mean) * scale / sqrt(moving_variance + epsilon)
+                                  + offset)
 
     In training x is normalized by the biased variance, ``m2 / n``. After Ioffe and Szegedy, "Batch
     Normalization", 2015, https://arxiv.org/abs/1502.03167.
@@ -310,8 +311,8 @@ class BatchNorm:
             raise RuntimeError("BatchNorm.backward: call the layer first; it has seen no x yet.")
         if last.overwritten:
             raise RuntimeError(
-                "BatchNorm.backward: the last call wrote y over x (out=x), and the gradient needs x. "
-                "Call the layer without out=."
+                "BatchNorm.backward: the last call wrote y over x (out=x), and the gradient needs "
+                "x. Call the layer without out=."
             )
         return _numpy.gradient(
             "BatchNorm.backward",

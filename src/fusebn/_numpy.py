@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusebn import _core, _spec
-from fusebn._blocks import Layout, layout_of_axes, layout_of_axis
+from fusebn._blocks import layout_of_axes, layout_of_axis
 from fusebn._moving import assign_moving_average
 
 __all__ = [

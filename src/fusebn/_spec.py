@@ -180,7 +180,7 @@ def channel_vector(
 def real(operation: str, argument: str, value: Any) -> float:
     """Return a real number as a float; arrays of rank 0 are numbers, bools are not."""
     if isinstance(value, Real):
-        is_real = type(value) is not bool
+        is_real = value is not True and value is not False
     else:
         # bfloat16 says it is of kind V.
         is_real = getattr(value, "shape", None) == () and value.dtype.kind in "fiuV"

@@ -1,0 +1,43 @@
+"""Every example in a docstring and in the README runs and prints what it says."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fusebn
+
+ROOT = Path(__file__).parent.parent
+MODULES = ["fusebn"] + [
+    module.name
+    for module in pkgutil.walk_packages(fusebn.__path__, "fusebn.")
+    if module.name != "fusebn.__main__"
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name):
+    results = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert results.failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder()
+    examples = [e for test in finder.find(fusebn) for e in test.examples]
+    assert len(examples) > 40
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_snippets(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.S | re.M)
+    assert snippets
+    names: dict[str, object] = {"np": np}
+    for snippet in snippets:
+        exec(compile(snippet, str(path), "exec"), names)

@@ -1,0 +1,127 @@
+"""The house rules that a machine can keep: who imports whom, what is public, which words."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fusebn
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "fusebn"
+KERNELS = ROOT / "csrc"
+
+# Module -> the modules of fusebn it may import. Arrows point down only; see ARCHITECTURE.md.
+ARROWS = {
+    "__init__": {
+        "_core",
+        "_spec",
+        "_dispatch",
+        "_info",
+        "_layer",
+        "_moments",
+        "_numpy",
+        "_store",
+    },
+    "__main__": {"cli"},
+    "_store": {"_layer", "_spec"},
+    "_layer": {"_moving", "_numpy", "_spec"},
+    "_moments": {"_numpy", "_spec"},
+    "_numpy": {"_blocks", "_core", "_moving", "_spec"},
+    "_dispatch": {"_spec"},
+    "_moving": {"_spec"},
+    "_info": {"_core"},
+    "_blocks": set(),
+    "_spec": set(),
+    "_reference": set(),
+}
+FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """All modules that a file imports, by dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    """The modules of fusebn that a file imports, by their last name."""
+    own = set()
+    for name in imports_of(path):
+        package, _, rest = name.partition(".")
+        if package == "fusebn" and rest:
+            own.add(rest.partition(".")[0])
+    modules = {p.stem for p in SOURCE.glob("*.py*")} | {p.name for p in SOURCE.iterdir()}
+    return own & modules
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.glob("*.py")), ids=lambda path: path.stem)
+def test_arrows_point_down(path):
+    assert path.stem in ARROWS, f"{path.name} has no place in the house: give it one here"
+    assert own_imports(path) <= ARROWS[path.stem]
+
+
+def test_the_command_line_uses_public_names_only():
+    for path in (SOURCE / "cli").glob("*.py"):
+        private = {name for name in own_imports(path) if name.startswith("_")}
+        assert not private, f"{path.name} imports {private}"
+
+
+def test_no_framework_is_imported_by_the_numpy_side():
+    for path in SOURCE.glob("*.py"):
+        packages = {name.partition(".")[0] for name in imports_of(path)}
+        assert not packages & FRAMEWORKS, path.name
+
+
+def test_the_arrow_test_can_fail(tmp_path):
+    path = tmp_path / "_spec.py"
+    path.write_text("from fusebn._numpy import moments\nimport torch\n")
+    assert own_imports(path) == {"_numpy"}
+    assert "torch" in imports_of(path)
+
+
+def test_the_core_knows_no_python_and_no_framework():
+    for path in (KERNELS / "core").iterdir():
+        for included in re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text()):
+            assert not re.search("python|nanobind|numpy|xla|tensorflow|torch", included, re.I), path
+
+
+def test_the_core_never_says_momentum():
+    for path in [*KERNELS.rglob("*.cpp"), *KERNELS.rglob("*.h")]:
+        assert "momentum" not in path.read_text(), path
+
+
+def test_public_names_are_sorted_documented_and_shown():
+    assert sorted(fusebn.__all__) == fusebn.__all__
+    for name in fusebn.__all__:
+        text = inspect.getdoc(getattr(fusebn, name))
+        assert text, name
+        if inspect.isfunction(getattr(fusebn, name)):
+            assert "Examples\n--------" in text, name
+
+
+def test_functions_take_what_their_adapter_takes():
+    from fusebn import _numpy
+
+    for name in _numpy.__all__:
+        public = inspect.signature(getattr(fusebn, name)).parameters
+        adapter = inspect.signature(getattr(_numpy, name)).parameters
+        shared = [p for p in adapter if p != "operation"]
+        assert list(public) == shared, name
+        for parameter in public:
+            assert public[parameter].default == adapter[parameter].default, (name, parameter)
+
+
+def test_names_of_files_stand_in_the_map():
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in [*SOURCE.glob("_*.py"), *(KERNELS / "core").iterdir()]:
+        if path.stem not in {"__init__", "__main__"}:
+            assert path.stem in text, f"{path.name} is not in ARCHITECTURE.md"
