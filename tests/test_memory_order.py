@@ -22,6 +22,7 @@ from conftest import (
     stat,
     unwritten,
 )
+from fusebn import _core
 from fusebn import _reference as reference
 
 SHAPE = (4, 3, 6, 5)
@@ -259,6 +260,80 @@ def test_nothing_is_written_past_the_end(size: int, dtype: np.dtype[Any]) -> Non
     fusebn.fused_batch_norm(x, None, None, axis=1, out=memory[32:-32].reshape(size, 3))
     assert (memory[:32] == 7).all()
     assert (memory[-32:] == 7).all()
+
+
+# --- streamed stores --------------------------------------------------------------------------
+#
+# Past the last-level cache, outputs are written around it, by instructions that want aligned
+# addresses. That must not be visible: not at the edges, and not in one bit.
+
+
+@pytest.fixture
+def always_streaming() -> None:
+    """Stream however small the output is."""
+    _core.set_streaming_bytes(0)
+    assert _core.streaming_bytes() == 0
+
+
+STREAMED = [(67, 3, 1), (19, 17, 1), (9, 128, 1), (3, 5, 49), (2, 3, 130), (40_009, 5, 1)]
+
+
+@pytest.mark.parametrize("block", STREAMED, ids=str)
+@pytest.mark.parametrize("shift", [0, 1, 3, 8, 16, 31])
+def test_streaming_forward(
+    always_streaming: None, block: cases.Block, shift: int, dtype: np.dtype[Any]
+) -> None:
+    x = cases.make("standard_normal", block, dtype)
+    options: dict[str, Any] = {"axis": 1, "activation": "relu", "residual": x}
+    _core.set_streaming_bytes(1 << 60)
+    expected = fusebn.fused_batch_norm(x, None, None, **options)
+    _core.set_streaming_bytes(0)
+    memory = np.full(x.size + 128, 7).astype(dtype)
+    out = memory[shift : shift + x.size].reshape(block)
+    actual = fusebn.fused_batch_norm(x, None, None, out=out, **options)
+    for a, b in zip(actual, expected, strict=True):
+        assert_same_bits(np.array(a), b)
+    out[...] = 7
+    assert (memory == 7).all()
+    # In place, where each vector must be read before it is written around the cache.
+    out[...] = x
+    fusebn.fused_batch_norm(out, None, None, out=out, axis=1)
+    _core.set_streaming_bytes(1 << 60)
+    assert_same_bits(np.array(out), fusebn.fused_batch_norm(x, None, None, axis=1).y)
+
+
+@pytest.mark.parametrize("block", STREAMED, ids=str)
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_streaming_backward(
+    always_streaming: None,
+    block: cases.Block,
+    is_training: bool,
+    weighted: bool,
+    dtype: np.dtype[Any],
+) -> None:
+    x, dy, residual = (cases.make("standard_normal", block, dtype, seed) for seed in range(3))
+    weights = frozen(np.arange(block[0] * block[2]).reshape(block[0], -1) % 3) if weighted else None
+    one = np.ones(block[1])
+    results = []
+    for least in (0, 1 << 60):
+        _core.set_streaming_bytes(least)
+        results.append(
+            fusebn.fused_batch_norm_grad(
+                dy, x, one, one, one, one, is_training=is_training, axis=1, activation="silu",
+                residual=residual, weights=weights,
+            )
+        )  # fmt: skip
+    for a, b in zip(*results, strict=True):
+        assert_same_bits(a, b)
+    assert np.isfinite(results[0].dx.astype(float)).all()
+
+
+def test_streaming_begins_past_the_caches() -> None:
+    assert _core.streaming_bytes() >= max(fusebn.info()["caches"].values(), default=1)
+
+
+# --- whose memory is whose --------------------------------------------------------------------
 
 
 def test_a_disjoint_view_of_the_same_memory_is_a_fine_output() -> None:

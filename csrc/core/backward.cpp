@@ -12,7 +12,8 @@
 //
 // Safety. Both centre x by the rounded mean m and correct the sums by mean - m (affine.h). The sums
 // of a run stay in the lanes and are joined in double, as in moments.cpp. a * g is rounded before the
-// rest is added, so that a batch of one, where they cancel, gives 0.
+// rest is added, so that a batch of one, where they cancel, gives 0. Where dy is 0, x adds nothing to
+// the sums, whatever it holds: the gradient of a masked position may sit beside a NaN.
 #include "affine.h"
 
 namespace fusebn::FUSEBN_TARGET {
@@ -53,8 +54,8 @@ struct Sums {
 
   template <bool rows, class L>
   FUSEBN_INLINE void terms(int64_t e, int64_t, const Constants& k, L lanes, V& u, V& v) const {
-    const V centred = load(x + e, lanes) - k.m;
     V g = load(dy + e, lanes);  // 0 in dead lanes, and so is what is added
+    const V centred = where_zero(g, splat(S(0)), load(x + e, lanes) - k.m);
     if constexpr (A != Activation::identity)
       g = chain<A>(g, preactivation(centred, k.a, k.b, residual, e, lanes));
     u = u + g;
@@ -115,7 +116,7 @@ struct Backward {
     V g = load(dy + e, lanes), centred;
     if (A != Activation::identity || training) centred = load(x + e, lanes) - m;
     if constexpr (A != Activation::identity)
-      g = chain<A>(g, preactivation(centred, a, b, residual, e, lanes));
+      g = chain<A>(g, preactivation(where_zero(g, splat(S(0)), centred), a, b, residual, e, lanes));
     V result = a * g;
     if (training) {
       V through = fma(centred, q, p);

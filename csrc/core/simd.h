@@ -99,6 +99,12 @@ FUSEBN_INLINE Vec<S> where_less(Vec<S> a, Vec<S> b, Vec<S> yes, Vec<S> no) {
   return each<S>([=](int i) { return a.part[i] < b.part[i] ? yes.part[i] : no.part[i]; });
 }
 
+// a == 0 ? yes : no.
+template <class S>
+FUSEBN_INLINE Vec<S> where_zero(Vec<S> a, Vec<S> yes, Vec<S> no) {
+  return each<S>([=](int i) { return a.part[i] == S(0) ? yes.part[i] : no.part[i]; });
+}
+
 // a * b + c in one rounding where the machine has it (x86-64-v2 has not).
 FUSEBN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return each<float>([=](int i) -> Register<float> {

@@ -73,20 +73,13 @@ struct Cut {
   }
 };
 
-// The run that starts at position p of a chunk that ends at `end`, `done` positions into it.
-//
-// Runs grow 4, 16, 64 (in planes 16, 64, 256, 1024, 4096): a run is at most four times as long as all
-// before it. Moments takes distances from the mean of what came before; so, whatever the data, the
-// sum of squares it subtracts from is at most about five times what that run adds to m2 (a run of k
-// at distance d from the n = k / 4 before it costs k d^2 and contributes n k / (n + k) d^2), and
-// the subtraction costs at most that factor in accuracy.
-FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
-  const int64_t first = b.inner == 1 ? 4 : 16;
+// The length of the run that starts at position p of a chunk that ends at `end`: part of a plane, or
+// whole planes.
+FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end) {
   const int64_t longest = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
-  const int64_t length = done ? least(4 * done, longest) : first;
   const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
-  if (length < left || in_plane) return least(least(length, left), end - p);
-  return least(most(1, length / b.inner) * b.inner, end - p);
+  if (longest < left || in_plane) return least(least(longest, left), end - p);
+  return least(longest / b.inner * b.inner, end - p);
 }
 
 // A kernel for `reduce` sums two terms a channel. It offers
@@ -185,7 +178,7 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
 template <class S, class K>
 void reduce(K& kernel, Block b, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
   for (int64_t p = p0, n; p < p1; p += n) {
-    n = run_length(b, p, p1, p - p0);
+    n = run_length(b, p, p1);
     kernel.begin(p, n);
     if (b.inner == 1)
       reduce_rows<S>(kernel, b, p, n, c0, c1);

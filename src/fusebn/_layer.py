@@ -29,6 +29,16 @@ class _Call(NamedTuple):
     overwritten: bool
 
 
+def _checked_decay(operation: str, decay: float | None, zero_debias: bool) -> float | None:
+    if decay is None:
+        return None
+    fix = "It is the weight of the old value; None averages all batches alike."
+    decay = _spec.fraction(operation, "decay", decay, fix)
+    if zero_debias and decay == 1:
+        _spec.fail(ValueError, operation, "decay", "be below 1 with zero_debias", "1.0")
+    return decay
+
+
 class BatchNorm:
     """Normalize each channel by the statistics of the batch, or by their moving averages.
 
@@ -153,12 +163,7 @@ class BatchNorm:
 
     @decay.setter
     def decay(self, decay: float | None) -> None:
-        if decay is not None:
-            fix = "It is the weight of the old value; None averages all batches alike."
-            decay = _spec.fraction("BatchNorm", "decay", decay, fix)
-            if self.zero_debias and decay == 1:
-                _spec.fail(ValueError, "BatchNorm", "decay", "be below 1 with zero_debias", "1.0")
-        self._decay = decay
+        self._decay = _checked_decay("BatchNorm", decay, self.zero_debias)
 
     @property
     def frozen(self) -> bool:
@@ -389,9 +394,8 @@ class BatchNorm:
             _spec.fail(ValueError, name, "moving_variance", "not be negative", got)
         if new["num_updates"] < 0:
             _spec.fail(ValueError, name, "num_updates", "not be negative", f"{new['num_updates']}")
-        decay = None
-        if not np.isnan(new["decay"]):
-            decay = _spec.fraction(name, "decay", float(new["decay"]))
+        decay = None if np.isnan(new["decay"]) else new["decay"].item()
+        decay = _checked_decay(name, decay, bool(new["zero_debias"]))
         epsilon = _spec.non_negative(name, "epsilon", float(new["epsilon"]))
         correction = _spec.non_negative(name, "correction", float(new["correction"]))
 

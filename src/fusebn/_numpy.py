@@ -72,7 +72,7 @@ def _parameter(operation: str, argument: str, value: Any, dtype: str) -> Array:
     """Return a floating parameter of any shape as an array of `dtype`."""
     array = np.asarray(value)
     _spec.element_type(operation, argument, array.dtype.name)
-    return np.ascontiguousarray(array, dtype=dtype)
+    return np.asarray(array, dtype=dtype, order="C")
 
 
 def _vector(
@@ -81,8 +81,8 @@ def _vector(
     if value is None:
         return None
     vector = _parameter(operation, argument, value, dtype)
-    if np.shape(value) != (channels,):
-        _spec.channel_vector(operation, argument, np.shape(value), channels, shape)
+    if vector.shape != (channels,):
+        _spec.channel_vector(operation, argument, vector.shape, channels, shape)
     return vector
 
 
@@ -392,7 +392,7 @@ def fused_batch_norm_grad(
 
 
 def moments_of_blocks(
-    operation: str, x: Any, axes: Any, weights: Any = None
+    operation: str, x: Any, axes: Any, weights: Any = None, weights_name: str = "weights"
 ) -> tuple[float, Array, Array, tuple[int, ...]]:
     """Return count, mean and m2 in float64, of the kept axes' shape, and the reduced axes."""
     x = array_of(operation, "x", x)
@@ -403,7 +403,7 @@ def moments_of_blocks(
     if weights is not None:
         stat = "float64" if code == 3 else "float32"
         shape = tuple(x.shape[axis] for axis in reduced)
-        weights = layout.positions(_weights(operation, "weights", weights, stat, shape), stat)
+        weights = layout.positions(_weights(operation, weights_name, weights, stat, shape), stat)
     mean, m2 = np.empty(layout.channels), np.empty(layout.channels)
     count = _core.moments(
         code, layout.outer, layout.channels, layout.inner, layout.memory(x), weights, mean, m2
@@ -445,7 +445,8 @@ def weighted_moments(
     if all(full[axis] == 1 for axis in range(x.ndim) if axis not in reduced):
         kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
         weights = np.asarray(frequency_weights).reshape(full).squeeze(kept)
-        count, mean, m2, _ = moments_of_blocks(operation, x, reduced, weights)
+        name = "frequency_weights"
+        count, mean, m2, _ = moments_of_blocks(operation, x, reduced, weights, name)
         total = np.asarray(count)
     else:
         total, mean, m2 = _moments_of_own_weights(operation, x, reduced, frequency_weights)
@@ -522,28 +523,33 @@ def batch_normalization(
     offset: Any,
     scale: Any,
     variance_epsilon: Any,
-    operation: str = "batch_normalization",
 ) -> Array:
     """See :func:`fusebn.batch_normalization`."""
-    x = array_of(operation, "x", x)
-    code = _spec.element_type(operation, "x", x.dtype.name)
+    given = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
+    return _normalize("batch_normalization", "x", x, given, variance_epsilon)
+
+
+def _normalize(
+    operation: str, argument: str, x: Any, given: dict[str, Any], variance_epsilon: Any
+) -> Array:
+    """Normalize by mean, variance, offset and scale, `given` in that order by their public names."""
+    x = array_of(operation, argument, x)
+    code = _spec.element_type(operation, argument, x.dtype.name)
     stat = "float64" if code == 3 else "float32"
     epsilon = _spec.non_negative(operation, "variance_epsilon", variance_epsilon)
-    given = {"mean": mean, "variance": variance, "offset": offset, "scale": scale}
     parameters = {}
     for name, value in given.items():
         if value is None and name in ("mean", "variance"):
             _spec.fail(TypeError, operation, name, "be an array", "None")
         if value is not None:
-            shape = np.shape(value)
-            parameters[name] = _parameter(operation, name, value, stat).reshape(shape)
+            parameters[name] = _parameter(operation, name, value, stat)
     _check_variance(operation, parameters["variance"])
     shape = x.shape
     for name, array in parameters.items():
         try:
             shape = np.broadcast_shapes(shape, array.shape)
         except ValueError:
-            expected = f"broadcast against x of shape {x.shape}"
+            expected = f"broadcast against {argument} of shape {x.shape}"
             _spec.fail(ValueError, operation, name, expected, f"shape {array.shape}")
     x = np.broadcast_to(x, shape)
 
@@ -560,6 +566,7 @@ def batch_normalization(
     for name, array in parameters.items():
         own = array.reshape(full[name]).squeeze(others)
         vectors[name] = layout.channel_vector(np.broadcast_to(own, channel_shape), stat)
+    mean, variance, offset, scale = vectors.values()
     y = layout.empty(shape, x.dtype.newbyteorder("="))
     _core.forward(
         code,
@@ -568,11 +575,11 @@ def batch_normalization(
         layout.inner,
         layout.memory(x),
         False,
-        vectors["mean"],
-        vectors["variance"],
+        mean,
+        variance,
         None,
-        vectors["scale"],
-        vectors["offset"],
+        scale,
+        offset,
         None,
         _spec.activation(operation, None),
         epsilon,
@@ -599,5 +606,6 @@ def batch_norm_with_global_normalization(
     """See :func:`fusebn.batch_norm_with_global_normalization`."""
     operation = "batch_norm_with_global_normalization"
     scaled = _spec.flag(operation, "scale_after_normalization", scale_after_normalization)
-    scale = gamma if scaled else None
-    return batch_normalization(input, mean, variance, beta, scale, variance_epsilon, operation)
+    gamma = gamma if scaled else None
+    given = {"mean": mean, "variance": variance, "beta": beta, "gamma": gamma}
+    return _normalize(operation, "input", input, given, variance_epsilon)

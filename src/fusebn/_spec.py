@@ -106,7 +106,7 @@ def channel_axis(
         same_side = [
             name
             for name, (r, c) in DATA_FORMATS.items()
-            if r == len(shape) and (c == 1) == (channel == 1)
+            if r == len(shape) and (c == r - 1) == (channel == rank - 1)
         ]
         hint = f"data_format={same_side[0]!r} or " if same_side else ""
         fail(

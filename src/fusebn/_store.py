@@ -35,8 +35,10 @@ def save(path: str | os.PathLike[str], layers: Any) -> None:
         if isinstance(value, BatchNorm):
             configs[name] = value.config()
             found = {f"{name}.{key}": array for key, array in value.state_dict().items()}
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            found = {name: np.ascontiguousarray(value)}
+        elif isinstance(value, np.ndarray) and (
+            value.dtype.kind in "biuf" or value.dtype.name == "bfloat16"
+        ):
+            found = {name: np.asarray(value, order="C")}
         else:
             got = getattr(value, "dtype", type(value).__name__)
             expected = f"hold BatchNorm layers and numeric arrays, {name!r} too"
