@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 import cases
-import fusebn
 from fusebn import _core
 from fusebn import _reference as reference
 
@@ -20,7 +19,7 @@ Array = NDArray[Any]
 
 # The same examples every time: a failure that nobody can repeat helps nobody.
 hypothesis.settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, max_examples=60, print_blob=True
+    "repeatable", derandomize=True, database=None, deadline=None, max_examples=60
 )
 hypothesis.settings.load_profile("repeatable")
 
@@ -279,9 +278,9 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 @pytest.fixture(autouse=True)
 def untouched_settings() -> Iterator[None]:
     """Put the process-wide settings back, whatever a test did to them."""
-    threads, instruction_set = fusebn.get_num_threads(), fusebn.info()["instruction_set"]
+    threads, instruction_set = _core.get_num_threads(), _core.instruction_set()
     streaming = _core.streaming_bytes()
     yield
     _core.set_streaming_bytes(streaming)
-    fusebn.set_num_threads(threads)
+    _core.set_num_threads(threads)
     _core.set_instruction_set(instruction_set)

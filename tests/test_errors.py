@@ -79,6 +79,13 @@ def read_only(array: Any) -> Any:
     return array
 
 
+class Foreign:
+    """An array of a framework this library does not know."""
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.ones((6, 4), F32)
+
+
 FUSED, GRAD, GIVEN = "fused_batch_norm", "fused_batch_norm_grad", "batch_normalization"
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -137,6 +144,20 @@ ARRAYS = [
             ),
         )
         for value, kind in (([[1.0, 2.0]], "list"), ("text", "str"), (None, "NoneType"))
+    ),
+    Row(
+        FUSED,
+        "x",
+        TypeError,
+        ("test_errors.Foreign", "Pass numpy.asarray(x)."),
+        lambda: fused(Foreign()),
+    ),
+    Row(
+        GRAD,
+        "dy",
+        TypeError,
+        ("test_errors.Foreign", "Pass numpy.asarray("),
+        lambda: grad(Foreign()),
     ),
     Row(FUSED, "x", TypeError, ("asarray",), lambda: fused([[1.0, 2.0]])),
     *(
@@ -535,9 +556,13 @@ def test_a_rejected_moving_average_keeps_the_variable() -> None:
 
 
 def test_adding_something_else_to_moments() -> None:
-    for other in (1.0, "a", None, X):
+    batch = Moments.of(X, 0)
+    for other in (1.0, "a", None):
         with pytest.raises(TypeError):
-            Moments.of(X, 0) + other
+            batch + other
+        with pytest.raises(TypeError):
+            other + batch
+    assert 0 + batch == batch  # what sum() begins with
 
 
 @pytest.mark.parametrize(

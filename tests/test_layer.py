@@ -338,6 +338,20 @@ def test_backward(
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["million", "ten_thousand"])
+@pytest.mark.parametrize("block", [(300, 17), (300, 3)])
+def test_backward_under_a_large_mean(name: str, block: tuple[int, int]) -> None:
+    # The layer keeps the mean in double. Rounded to float32 it would be off by 0.03 for 1e6 +- 1.
+    x = cases.make(name, (*block, 1), cases.FLOAT32)[:, :, 0]
+    dy = cases.make("standard_normal", (*block, 1), cases.FLOAT32, seed=1)[:, :, 0] + 1
+    layer = BatchNorm(block[1])
+    layer(x, training=True)
+    batch = reference.moments(x, 0)
+    statistics = batch.mean[0], batch.variance()[0]
+    arguments = frozen(dy), x, layer.scale, layer.offset, *statistics
+    assert_gradients(layer.backward(frozen(dy)), *arguments)
+
+
 def test_backward_is_of_the_last_call(rng: np.random.Generator) -> None:
     layer = BatchNorm(3)
     first, second, dy = (frozen(rng.standard_normal((8, 3)), np.float32) for _ in range(3))

@@ -362,6 +362,19 @@ def test_an_overlap_that_cannot_work_is_refused(out: Any) -> None:
     assert_same_bits(memory, before)
 
 
+def test_an_overlap_that_is_too_hard_to_exclude_is_refused() -> None:
+    # Strides by which NumPy would search for long before it knew whether an element is shared.
+    memory = np.arange(10_000, dtype=np.float32)
+    x, out = (
+        np.lib.stride_tricks.as_strided(memory[start:], (5, 5, 5, 5, 4), [4 * n for n in steps])
+        for start, steps in ((0, (253, 318, 390, 719, 757)), (31, (261, 319, 391, 725, 760)))
+    )
+    with pytest.raises(np.exceptions.TooHardError):
+        np.shares_memory(x, out, max_work=1000)
+    with pytest.raises(ValueError, match=r"fused_batch_norm: `out` must be x itself"):
+        fusebn.fused_batch_norm(x, None, None, axis=1, out=out)
+
+
 def test_an_output_that_overlaps_the_residual_is_refused() -> None:
     x = cases.make("standard_normal", (6, 4, 1), cases.FLOAT32)[:, :, 0]
     memory = np.zeros((8, 4), np.float32)

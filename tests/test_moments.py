@@ -147,6 +147,19 @@ def test_the_count_is_not_an_int32() -> None:
     assert many.variance().tolist() == [1]
 
 
+def test_equality() -> None:
+    batch = Moments.of(np.array([[1.0, np.nan], [3.0, 4.0]]), 0)
+    assert batch == Moments(2, [2.0, np.nan], [2.0, np.nan])
+    for other in (
+        Moments(3, [2.0, np.nan], [2.0, np.nan]),
+        Moments(2, [2.5, np.nan], [2.0, np.nan]),
+        Moments(2, [2.0, np.nan], [2.5, np.nan]),
+        Moments(),
+        "text",
+    ):
+        assert batch != other
+
+
 def test_repr_tells_the_numbers() -> None:
     text = repr(Moments.of(np.array([1.0, 3.0]), 0))
     assert text.startswith("Moments(")

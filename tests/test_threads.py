@@ -213,8 +213,8 @@ def test_other_python_threads_run_during_a_call() -> None:
             lasted.append(time.perf_counter() - start)
 
         thread = threading.Thread(target=call)
-        thread.start()
         pause, last = 0.0, time.perf_counter()
+        thread.start()
         while thread.is_alive():
             time.sleep(0.0005)
             now = time.perf_counter()

@@ -82,7 +82,7 @@ double py_moments(int type, int64_t outer, int64_t channels, int64_t inner, In x
 double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x, bool training,
                   In mean, In variance, In weights, In scale, In offset, In residual,
                   int activation, double epsilon, double correction, double factor, Out y,
-                  Out mean_out, Out variance_out, Out batch_mean, Out batch_variance) {
+                  Out mean_out, Out variance_out, Out batch) {
   nb::gil_scoped_release released;
   return with_type(type, [&]<class T>() {
     using S = Stat<T>;
@@ -102,8 +102,7 @@ double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x
                        .y = y.as<T>(),
                        .mean_out = mean_out.as<S>(),
                        .variance_out = variance_out.as<S>(),
-                       .batch_mean = batch_mean.as<double>(),
-                       .batch_variance = batch_variance.as<double>()},
+                       .batch = batch.as<double>()},
                       pool());
   });
 }
@@ -154,7 +153,7 @@ NB_MODULE(_core, m) {
         nb::arg("inner"), array("x"), nb::arg("training"), array("mean"), array("variance"),
         array("weights"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("y"),
-        array("mean_out"), array("variance_out"), array("batch_mean"), array("batch_variance"));
+        array("mean_out"), array("variance_out"), array("batch"));
   m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),

@@ -116,11 +116,11 @@ struct Forward {
   T* y;
   Stat<T>* mean_out;      // null: not wanted
   Stat<T>* variance_out;
-  double* batch_mean;     // what normalized x, unrounded, for backward; null: not wanted
-  double* batch_variance;
+  double* batch;  // [2, channels]: mean and variance that normalized x, for backward; or null
 };
 
-// Returns the count of the batch (0 when not training: nothing was counted). A batch of count 0
+// Returns the count of the batch (0 when not training: nothing was counted), or -1, with nothing
+// done, if a given variance that would be used is negative. A batch of count 0
 // has no statistics: NaN is returned for them (the given ones where factor is not 1), and y is
 // activation(offset + residual).
 template <class T>

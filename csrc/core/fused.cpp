@@ -31,6 +31,9 @@ template <class T>
 double forward(const Forward<T>& f, Executor& executor) {
   using S = Stat<T>;
   const int64_t channels = f.block.channels;
+  if (!f.training || f.factor != 1)
+    for (int64_t c = 0; c < channels; ++c)
+      if (f.variance[c] < 0) return -1;
   std::unique_ptr<double[]> statistics(new double[2 * channels]);
   double* const mean = statistics.get();
   double* const variance = mean + channels;  // m2, until it is divided
@@ -44,8 +47,7 @@ double forward(const Forward<T>& f, Executor& executor) {
       const double m2 = variance[c];
       variance[c] = count > 0 ? m2 / count : kUndefined;
       if (count == 0) mean[c] = kUndefined;
-      if (f.batch_mean) f.batch_mean[c] = mean[c];
-      if (f.batch_variance) f.batch_variance[c] = variance[c];
+      if (f.batch) f.batch[c] = mean[c], f.batch[channels + c] = variance[c];
       double returned_mean = mean[c], returned_variance = count > 0 ? m2 / unbiased : kUndefined;
       if (f.factor != 1) {
         const double kept = count > 0 ? 1 - f.factor : 1, taken = count > 0 ? f.factor : 0;
@@ -67,8 +69,7 @@ double forward(const Forward<T>& f, Executor& executor) {
     for (int64_t c = 0; c < channels; ++c) {
       if (f.mean_out) f.mean_out[c] = f.mean[c];
       if (f.variance_out) f.variance_out[c] = f.variance[c];
-      if (f.batch_mean) f.batch_mean[c] = mean[c];
-      if (f.batch_variance) f.batch_variance[c] = variance[c];
+      if (f.batch) f.batch[c] = mean[c], f.batch[channels + c] = variance[c];
     }
   }
   const Normalization<T> normalization{mean,    variance, f.epsilon,   f.scale,

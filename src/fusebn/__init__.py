@@ -406,7 +406,7 @@ def fused_batch_norm(
         even if it holds NaN, but is normalized like any other. None means 1.
     correction : float
         The variance returned is ``sum(w * (x - m)**2) / (n - correction)``: 1 is TensorFlow's, 0
-        the biased one. Where n is not above it the divisor is n, so a single element has variance 0.
+        the biased one. Where n is not above it the divisor is n: a single element has variance 0.
     out : array of the shape and dtype of x, optional
         Where y is written. It may be x.
 

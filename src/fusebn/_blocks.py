@@ -6,6 +6,7 @@ view of either, Fortran order. Everything else (slices, byte-swapped or misalign
 channel axes with others between them) is copied first.
 """
 
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -13,6 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+
+# NumPy's flags of an array, as bits: NPY_ARRAY_C_CONTIGUOUS and NPY_ARRAY_ALIGNED.
+_DENSE = 0x0001 | 0x0100
+
+
+def is_dense(array: Array) -> bool:
+    """Say whether an array's elements lie one after the other in C order, aligned."""
+    return array.flags.num & _DENSE == _DENSE
 
 
 class Layout(NamedTuple):
@@ -29,15 +39,11 @@ class Layout(NamedTuple):
         """Return `array` as it must lie in memory: itself seen in that order, or a copy."""
         if self.order is not None:
             array = array.transpose(self.order)
-        if array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
-            return array
-        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+        return array if is_dense(array) else array.copy(order="C")
 
     def lies_so(self, array: Array) -> bool:
         """Say whether `memory` would return the array without a copy."""
-        if self.order is not None:
-            array = array.transpose(self.order)
-        return array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative
+        return is_dense(array if self.order is None else array.transpose(self.order))
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialized array of that shape that lies so."""
@@ -46,7 +52,7 @@ class Layout(NamedTuple):
         memory = np.empty([shape[axis] for axis in self.order], dtype)
         return memory.transpose(np.argsort(self.order))
 
-    def channel_vector(self, array: Array, dtype: str) -> Array:
+    def channel_vector(self, array: Array, dtype: np.dtype[Any]) -> Array:
         """Flatten an array of the channel axes, in their order in x, to the core's order."""
         rank = np.argsort(np.argsort(self.channel_axes))
         return np.ascontiguousarray(array.transpose(rank), dtype=dtype).reshape(-1)
@@ -56,7 +62,7 @@ class Layout(NamedTuple):
         array = vector.reshape([shape[axis] for axis in self.channel_axes])
         return array.transpose(np.argsort(self.channel_axes))
 
-    def positions(self, array: Array, dtype: str) -> Array:
+    def positions(self, array: Array, dtype: np.dtype[Any]) -> Array:
         """Lay out an array of the other axes, in their order in x, as the core's weights."""
         rank = np.argsort(np.argsort(self.other_axes))
         return np.ascontiguousarray(array.transpose(rank), dtype=dtype).reshape(-1)
@@ -64,9 +70,8 @@ class Layout(NamedTuple):
 
 def layout_of_axis(x: Array, axis: int) -> Layout:
     """Return the layout of x with one channel axis; only the order of its memory is kept."""
-    shape = x.shape
     if x.flags.c_contiguous:
-        return _layout(shape, tuple(range(x.ndim)), (axis,))
+        return _layout(x.shape, tuple(range(x.ndim)), (axis,))
     return layout_of_axes(x, (axis,))
 
 
@@ -86,6 +91,7 @@ def layout_of_axes(x: Array, channel_axes: tuple[int, ...]) -> Layout:
     return _layout(x.shape, tuple(order), channel_axes)
 
 
+@lru_cache(maxsize=256)  # a network calls with the same few shapes again and again
 def _layout(
     shape: tuple[int, ...], order: tuple[int, ...], channel_axes: tuple[int, ...]
 ) -> Layout:

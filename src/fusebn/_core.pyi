@@ -29,8 +29,7 @@ def forward(
     y: _Out,
     mean_out: _Out,
     variance_out: _Out,
-    batch_mean: _Out,
-    batch_variance: _Out,
+    batch: _Out,
 ) -> float: ...
 def gradient(
     type: int,

@@ -250,15 +250,14 @@ class BatchNorm:
             weights,
             self.correction,
             out,
+            keep_batch=True,
         )
+        assert result.batch is not None
+        mean, variance = result.batch
         if update:
-            self._update(
-                *(batch or (result.total_weight, result.batch_mean, result.batch_variance))
-            )
+            self._update(*(batch or (result.total_weight, mean, variance)))
         overwritten = out is not None and np.may_share_memory(out, x)
-        self._last = _Call(
-            x, result.batch_mean, result.batch_variance, training, residual, weights, overwritten
-        )
+        self._last = _Call(x, mean, variance, training, residual, weights, overwritten)
         return result.y
 
     def _statistics(self, x: Array, axis: int, weights: Any) -> tuple[float, Array, Array]:

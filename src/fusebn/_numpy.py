@@ -7,11 +7,12 @@ Each does three things in order: check the arguments (`_spec`), lay the arrays o
 import math
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fusebn import _core, _spec
-from fusebn._blocks import layout_of_axes, layout_of_axis
+from fusebn._blocks import is_dense, layout_of_axes, layout_of_axis
 from fusebn._moving import assign_moving_average
 
 __all__ = [
@@ -48,54 +49,77 @@ class FusedBatchNormGrad(NamedTuple):
 
 # ---- arguments ----
 
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+# Element type, in native byte order -> the core's number, and the dtype of its statistics.
+_ELEMENTS = {
+    dtype: (_spec.ELEMENT_TYPES[dtype.name], np.dtype(_spec.stat_type(dtype.name)))
+    for dtype in (np.dtype(np.float16), _BFLOAT16, _FLOAT32, _FLOAT64)
+}
+
+
+def _plain(operation: str, argument: str, value: Any) -> Array:
+    if isinstance(value, np.ma.MaskedArray):
+        fix = "Pass its .data, and weights=~mask to leave the masked positions out."
+        _spec.fail(TypeError, operation, argument, "be a plain array", "a masked array", fix)
+    return np.asarray(value)
+
 
 def array_of(operation: str, argument: str, value: Any) -> Array:
-    """Return a NumPy array or scalar as a plain array."""
-    if type(value) is np.ndarray:
+    """Return a NumPy array or scalar as a plain array of an element type, in native byte order."""
+    if type(value) is np.ndarray and value.dtype in _ELEMENTS:
         return value
-    if isinstance(value, np.ma.MaskedArray):
-        fix = "Pass x.data, and weights=~mask to leave the masked positions out."
-        _spec.fail(TypeError, operation, argument, "be a plain array", "a masked array", fix)
     if not isinstance(value, np.ndarray | np.generic):
         _spec.unsupported(operation, argument, value)
-    return np.asarray(value)
+    array = _plain(operation, argument, value)
+    _spec.element_type(operation, argument, array.dtype.name)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _like_x(operation: str, argument: str, value: Any, x: Array) -> Array:
     array = array_of(operation, argument, value)
-    _spec.same_type(operation, argument, array.dtype.name, x.dtype.name)
-    _spec.same_shape(operation, argument, array.shape, x.shape)
+    if array.dtype != x.dtype:
+        _spec.same_type(operation, argument, array.dtype.name, x.dtype.name)
+    if array.shape != x.shape:
+        _spec.same_shape(operation, argument, array.shape, x.shape)
     return array
 
 
-def _parameter(operation: str, argument: str, value: Any, dtype: str) -> Array:
+def _parameter(operation: str, argument: str, value: Any, dtype: np.dtype[Any]) -> Array:
     """Return a floating parameter of any shape as an array of `dtype`."""
-    array = np.asarray(value)
+    array = _plain(operation, argument, value)
     _spec.element_type(operation, argument, array.dtype.name)
     return np.asarray(array, dtype=dtype, order="C")
 
 
 def _vector(
-    operation: str, argument: str, value: Any, dtype: str, channels: int, shape: tuple[int, ...]
+    operation: str,
+    argument: str,
+    value: Any,
+    dtype: np.dtype[Any],
+    channels: int,
+    shape: tuple[int, ...],
 ) -> Array | None:
     if value is None:
         return None
-    vector = _parameter(operation, argument, value, dtype)
+    if type(value) is np.ndarray and value.dtype == dtype and is_dense(value):
+        vector = value
+    else:
+        vector = _parameter(operation, argument, value, dtype)
     if vector.shape != (channels,):
         _spec.channel_vector(operation, argument, vector.shape, channels, shape)
     return vector
 
 
-def _check_variance(operation: str, variance: Array) -> None:
+def _check_variance(operation: str, variance: Any) -> None:
     if (variance < 0).any():
         _spec.fail(ValueError, operation, "variance", "not be negative", f"{variance.min()}")
 
 
-def _weights(
-    operation: str, argument: str, value: Any, dtype: str, shape: tuple[int, ...]
-) -> Array:
+def _weights(operation: str, argument: str, value: Any, shape: tuple[int, ...]) -> Array:
     """Return weights that broadcast to `shape` as an array of that shape."""
-    array = np.asarray(value)
+    array = _plain(operation, argument, value)
     if array.dtype.kind not in "biu":
         _spec.element_type(operation, argument, array.dtype.name)
     try:
@@ -119,13 +143,13 @@ def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
     """Check that y can be written to `out`."""
     if not isinstance(out, np.ndarray):
         _spec.fail(TypeError, operation, "out", "be a NumPy array", type(out).__name__)
-    if out.dtype != x.dtype.newbyteorder("="):
+    if out.dtype != x.dtype:
         got = f"dtype {out.dtype}"
         _spec.fail(TypeError, operation, "out", f"have the dtype of x, {x.dtype.name}", got)
     _spec.same_shape(operation, "out", out.shape, x.shape)
     if not out.flags.writeable:
         _spec.fail(ValueError, operation, "out", "be writeable", "a read-only array")
-    in_place = out.strides == x.strides and out.ctypes.data == x.ctypes.data
+    in_place = out is x or (out.strides == x.strides and out.ctypes.data == x.ctypes.data)
     if not in_place and _overlap(out, x):
         expected = "be x itself or share no memory with it"
         fix = "Pass out=x to work in place, or a fresh array."
@@ -151,8 +175,7 @@ class Forward(NamedTuple):
     y: Array
     mean: Array
     variance: Array
-    batch_mean: Array  # what normalized x, in float64; the variance is the biased one
-    batch_variance: Array
+    batch: Array | None  # the mean and biased variance that normalized x, in float64: [2, channels]
     total_weight: float  # the batch's count; 0 outside training
 
 
@@ -172,16 +195,15 @@ def forward(
     weights: Any,
     correction: Any,
     out: Any,
+    keep_batch: bool,
 ) -> Forward:
     """Do what :func:`fusebn.fused_batch_norm` and :class:`fusebn.BatchNorm` share."""
-    code = _spec.element_type(operation, "x", x.dtype.name)
-    shape, dtype = x.shape, x.dtype.newbyteorder("=")
+    code, stat = _ELEMENTS[x.dtype]
+    shape, dtype = x.shape, x.dtype
     channels = shape[axis]
-    stat = "float64" if code == 3 else "float32"
     if _spec.statistics_given(operation, training, factor, mean is not None, variance is not None):
         mean = _vector(operation, "mean", mean, stat, channels, shape)
         variance = _vector(operation, "variance", variance, stat, channels, shape)
-        _check_variance(operation, variance)
     else:
         mean = variance = None
     scale = _vector(operation, "scale", scale, stat, channels, shape)
@@ -192,7 +214,7 @@ def forward(
     layout = layout_of_axis(x, axis)
     if weights is not None:
         others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+        weights = layout.positions(_weights(operation, "weights", weights, others), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
     if out is not None:
@@ -200,7 +222,7 @@ def forward(
 
     y = out if out is not None and layout.lies_so(out) else layout.empty(shape, dtype)
     mean_out, variance_out = np.empty(channels, stat), np.empty(channels, stat)
-    batch = np.empty((2, channels))
+    batch = np.empty((2, channels)) if keep_batch else None
     count = _core.forward(
         code,
         layout.outer,
@@ -221,13 +243,14 @@ def forward(
         y,
         mean_out,
         variance_out,
-        batch[0],
-        batch[1],
+        batch,
     )
+    if count < 0:
+        _check_variance(operation, variance)
     if out is not None and y is not out:
         out[...] = y
         y = out
-    return Forward(y, mean_out, variance_out, batch[0], batch[1], count)
+    return Forward(y, mean_out, variance_out, batch, count)
 
 
 def fused_batch_norm(
@@ -267,6 +290,7 @@ def fused_batch_norm(
         weights,
         correction,
         out,
+        keep_batch=False,
     )
     return FusedBatchNorm(result.y, result.mean, result.variance)
 
@@ -289,17 +313,16 @@ def gradient(
     dvariance: Any,
 ) -> FusedBatchNormGrad:
     """Do what :func:`fusebn.fused_batch_norm_grad` and :class:`fusebn.BatchNorm` share."""
-    code = _spec.element_type(operation, "x", x.dtype.name)
-    shape, dtype = x.shape, x.dtype.newbyteorder("=")
+    code, stat = _ELEMENTS[x.dtype]
+    shape, dtype = x.shape, x.dtype
     channels = shape[axis]
-    stat = "float64" if code == 3 else "float32"
     dy = _like_x(operation, "dy", dy, x)
     for name, value in (("mean", mean), ("variance", variance)):
         if value is None:
             expected = "be given: the one that normalized x"
             _spec.fail(ValueError, operation, name, expected, "None")
-    mean = _vector(operation, "mean", mean, "float64", channels, shape)
-    variance = _vector(operation, "variance", variance, "float64", channels, shape)
+    mean = _vector(operation, "mean", mean, _FLOAT64, channels, shape)
+    variance = _vector(operation, "variance", variance, _FLOAT64, channels, shape)
     _check_variance(operation, variance)
     scale = _vector(operation, "scale", scale, stat, channels, shape)
     offset = _vector(operation, "offset", offset, stat, channels, shape)
@@ -314,7 +337,7 @@ def gradient(
     layout = layout_of_axis(x, axis)
     if weights is not None:
         others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+        weights = layout.positions(_weights(operation, "weights", weights, others), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
 
@@ -396,14 +419,13 @@ def moments_of_blocks(
 ) -> tuple[float, Array, Array, tuple[int, ...]]:
     """Return count, mean and m2 in float64, of the kept axes' shape, and the reduced axes."""
     x = array_of(operation, "x", x)
-    code = _spec.element_type(operation, "x", x.dtype.name)
+    code, stat = _ELEMENTS[x.dtype]
     reduced = _spec.axes_of(operation, axes, x.shape)
     kept = tuple(axis for axis in range(x.ndim) if axis not in reduced)
     layout = layout_of_axes(x, kept)
     if weights is not None:
-        stat = "float64" if code == 3 else "float32"
         shape = tuple(x.shape[axis] for axis in reduced)
-        weights = layout.positions(_weights(operation, weights_name, weights, stat, shape), stat)
+        weights = layout.positions(_weights(operation, weights_name, weights, shape), stat)
     mean, m2 = np.empty(layout.channels), np.empty(layout.channels)
     count = _core.moments(
         code, layout.outer, layout.channels, layout.inner, layout.memory(x), weights, mean, m2
@@ -414,7 +436,7 @@ def moments_of_blocks(
 
 def _returned(x: Any, reduced: tuple[int, ...], keepdims: bool, *statistics: Array) -> list[Array]:
     """Round statistics to the type that x's dtype calls for, with the reduced axes if kept."""
-    stat = _spec.stat_type(x.dtype.name)
+    stat = np.dtype(_spec.stat_type(x.dtype.name))
     rounded = [np.asarray(value).astype(stat) for value in statistics]
     return [np.expand_dims(value, reduced) for value in rounded] if keepdims else rounded
 
@@ -437,7 +459,6 @@ def weighted_moments(
     """See :func:`fusebn.weighted_moments`."""
     operation = "weighted_moments"
     x = array_of(operation, "x", x)
-    _spec.element_type(operation, "x", x.dtype.name)
     keepdims = _spec.flag(operation, "keepdims", keepdims)
     reduced = _spec.axes_of(operation, axes, x.shape)
     shape = np.shape(frequency_weights)
@@ -461,7 +482,7 @@ def _moments_of_own_weights(
     operation: str, x: Array, reduced: tuple[int, ...], frequency_weights: Any
 ) -> tuple[Array, Array, Array]:
     """Weights that differ between channels, which the core has no verb for: two passes in NumPy."""
-    weights = _weights(operation, "frequency_weights", frequency_weights, "float64", x.shape)
+    weights = _weights(operation, "frequency_weights", frequency_weights, x.shape)
     wide = np.where(weights > 0, x, 0).astype(np.float64)
     total = weights.sum(reduced, keepdims=True)
     mean = (weights * wide).sum(reduced, keepdims=True) / np.where(total > 0, total, 1)
@@ -478,7 +499,7 @@ def sufficient_statistics(
     count, mean, m2, reduced = moments_of_blocks(operation, x, axes)
     if shift is not None:
         kept = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
-        wide = _parameter(operation, "shift", shift, "float64")
+        wide = _parameter(operation, "shift", shift, _FLOAT64)
         try:
             wide = np.broadcast_to(wide, kept).squeeze(reduced)
         except ValueError:
@@ -497,11 +518,10 @@ def normalize_moments(
     """See :func:`fusebn.normalize_moments`."""
     operation = "normalize_moments"
     mean_ss = array_of(operation, "mean_ss", mean_ss)
-    _spec.element_type(operation, "mean_ss", mean_ss.dtype.name)
-    stat = _spec.stat_type(mean_ss.dtype.name)
+    _, stat = _ELEMENTS[mean_ss.dtype]
     total = np.asarray(counts, np.float64)
     sums = mean_ss.astype(np.float64)
-    squares = _parameter(operation, "variance_ss", variance_ss, "float64")
+    squares = _parameter(operation, "variance_ss", variance_ss, _FLOAT64)
     _spec.same_shape(operation, "variance_ss", squares.shape, sums.shape, of="mean_ss")
     if not (total >= 0).all():
         _spec.fail(ValueError, operation, "counts", "not be negative", f"{total.min()}")
@@ -509,7 +529,7 @@ def normalize_moments(
     shifted = sums / total
     variance = np.maximum(squares / total - shifted * shifted, 0)
     if shift is not None:
-        shifted = shifted + _parameter(operation, "shift", shift, "float64")
+        shifted = shifted + _parameter(operation, "shift", shift, _FLOAT64)
     return shifted.astype(stat), variance.astype(stat)
 
 
@@ -532,10 +552,9 @@ def batch_normalization(
 def _normalize(
     operation: str, argument: str, x: Any, given: dict[str, Any], variance_epsilon: Any
 ) -> Array:
-    """Normalize by mean, variance, offset and scale, `given` in that order by their public names."""
+    """Normalize by mean, variance, offset and scale: `given` in that order, by public name."""
     x = array_of(operation, argument, x)
-    code = _spec.element_type(operation, argument, x.dtype.name)
-    stat = "float64" if code == 3 else "float32"
+    code, stat = _ELEMENTS[x.dtype]
     epsilon = _spec.non_negative(operation, "variance_epsilon", variance_epsilon)
     parameters = {}
     for name, value in given.items():
@@ -543,7 +562,6 @@ def _normalize(
             _spec.fail(TypeError, operation, name, "be an array", "None")
         if value is not None:
             parameters[name] = _parameter(operation, name, value, stat)
-    _check_variance(operation, parameters["variance"])
     shape = x.shape
     for name, array in parameters.items():
         try:
@@ -567,8 +585,8 @@ def _normalize(
         own = array.reshape(full[name]).squeeze(others)
         vectors[name] = layout.channel_vector(np.broadcast_to(own, channel_shape), stat)
     mean, variance, offset, scale = vectors.values()
-    y = layout.empty(shape, x.dtype.newbyteorder("="))
-    _core.forward(
+    y = layout.empty(shape, x.dtype)
+    count = _core.forward(
         code,
         layout.outer,
         layout.channels,
@@ -589,8 +607,9 @@ def _normalize(
         None,
         None,
         None,
-        None,
     )
+    if count < 0:
+        _check_variance(operation, variance)
     return y
 
 

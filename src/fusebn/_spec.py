@@ -191,8 +191,8 @@ def real(operation: str, argument: str, value: Any) -> float:
 
 def non_negative(operation: str, argument: str, value: Any) -> float:
     """Return a finite number that is not below 0."""
-    if type(value) is float and 0 <= value < math.inf:
-        return value
+    if type(value) in (float, int) and 0 <= value < math.inf:
+        return float(value)
     number = real(operation, argument, value)
     if not 0 <= number < math.inf:
         fail(ValueError, operation, argument, "be finite and not negative", repr(number))
@@ -201,6 +201,8 @@ def non_negative(operation: str, argument: str, value: Any) -> float:
 
 def fraction(operation: str, argument: str, value: Any, fix: str = "") -> float:
     """Return a number in [0, 1]."""
+    if type(value) is float and 0 <= value <= 1:
+        return value
     number = real(operation, argument, value)
     if not 0 <= number <= 1:
         fail(ValueError, operation, argument, "lie in [0, 1]", repr(number), fix)
