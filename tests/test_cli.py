@@ -298,6 +298,7 @@ def test_ctrl_c_leaves_things_as_they_were(tmp_path: Path, old: bool) -> None:
         ("rich", ["info"], "cli"),
         ("click", ["demo"], "demo"),
         ("sklearn", ["demo"], "demo"),
+        ("threadpoolctl", ["demo"], "demo"),
         ("matplotlib", ["demo"], "demo"),
     ],
 )

@@ -20,6 +20,7 @@ ARROWS = {
         "_spec",
         "_dispatch",
         "_info",
+        "memory",
         "_layer",
         "_moments",
         "_numpy",
@@ -33,7 +34,8 @@ ARROWS = {
     "_dispatch": {"_spec"},
     "_moving": {"_spec"},
     "_info": {"_core"},
-    "_blocks": set(),
+    "_blocks": {"memory"},
+    "memory": {"_core", "_spec"},
     "_spec": set(),
     "_reference": set(),
 }

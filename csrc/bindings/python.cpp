@@ -5,8 +5,10 @@
 // An array is taken by its address. NumPy's bfloat16 (ml_dtypes) exports neither DLPack nor a buffer
 // with a format, but it does export one without: so the element type travels as a number.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 
 #include "batch_norm.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 
@@ -136,6 +138,34 @@ void py_floor(int kind, In a, In b, Out out, int64_t n) {
   floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, pool());
 }
 
+// A one-dimensional array of bytes whose memory goes back to the pool when the last view of it dies,
+// on whatever thread that happens.
+nb::ndarray<nb::numpy, uint8_t> py_empty(int64_t bytes) {
+  struct Buffer {
+    void* data;
+    int64_t bytes;
+  };
+  Buffer* const buffer = new Buffer{take_buffer(bytes), bytes};
+  nb::capsule owner(buffer, [](void* p) noexcept {
+    Buffer* const dead = static_cast<Buffer*>(p);
+    if (dead->data) give_back_buffer(dead->data, dead->bytes);
+    delete dead;
+  });
+  if (!buffer->data) throw std::bad_alloc();
+  return {buffer->data, {size_t(bytes)}, owner};
+}
+
+nb::dict py_pool_statistics() {
+  const PoolStatistics s = pool_statistics();
+  nb::dict d;
+  d["in_use"] = s.in_use;
+  d["cached"] = s.cached;
+  d["limit"] = s.limit;
+  d["recycled"] = s.recycled;
+  d["fresh"] = s.fresh;
+  return d;
+}
+
 nb::list py_instruction_sets() {
   nb::list names;
   for (const char* const* name = instruction_sets(); *name; ++name) names.append(nb::str(*name));
@@ -162,6 +192,11 @@ NB_MODULE(_core, m) {
   m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"));
   m.def("streaming_bytes", &streaming_bytes);
   m.def("set_streaming_bytes", &set_streaming_bytes, nb::arg("bytes"));
+  m.def("empty", &py_empty, nb::arg("bytes"));
+  m.def("pool_statistics", &py_pool_statistics);
+  m.def("pool_limit", [] { return pool_statistics().limit; });
+  m.def("set_pool_limit", &set_pool_limit, nb::arg("bytes"));
+  m.def("empty_pool", &empty_pool);
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, nb::arg("count"));
   m.def("instruction_sets", &py_instruction_sets);

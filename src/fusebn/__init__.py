@@ -11,10 +11,11 @@ from collections.abc import Mapping as _Mapping
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
-from fusebn import _core, _spec
+from fusebn import _core, _spec, memory
 from fusebn._dispatch import adapter_of as _adapter_of
 from fusebn._info import cache_sizes as _cache_sizes
 from fusebn._info import info as _info
+from fusebn._info import physical_memory as _physical_memory
 from fusebn._layer import BatchNorm
 from fusebn._moments import Moments
 from fusebn._numpy import FusedBatchNorm, FusedBatchNormGrad
@@ -34,6 +35,7 @@ __all__ = [
     "get_num_threads",
     "info",
     "load",
+    "memory",
     "moments",
     "normalize_moments",
     "save",
@@ -744,6 +746,11 @@ def _read_environment() -> None:
             _spec.fail(ValueError, "import fusebn", "FUSEBN_NUM_THREADS", expected, repr(threads))
         count = _spec.positive_integer("import fusebn", "FUSEBN_NUM_THREADS", int(threads), 1024)
         _core.set_num_threads(count)
+    pool = _os.environ.get("FUSEBN_POOL_BYTES", "").strip()
+    if pool and not pool.isdecimal():
+        expected = "be a number of bytes"
+        _spec.fail(ValueError, "import fusebn", "FUSEBN_POOL_BYTES", expected, repr(pool))
+    memory.set_limit(int(pool) if pool else _physical_memory() // 8)
     name = _os.environ.get("FUSEBN_INSTRUCTION_SET")
     if name and not _core.set_instruction_set(name):
         expected = f"be one of {', '.join(_core.instruction_sets())}, which this machine can run"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fusebn import memory
+
 Array = NDArray[Any]
 
 
@@ -48,9 +50,9 @@ class Layout(NamedTuple):
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Return an uninitialized array of that shape that lies so."""
         if self.order is None:
-            return np.empty(shape, dtype)
-        memory = np.empty([shape[axis] for axis in self.order], dtype)
-        return memory.transpose(np.argsort(self.order))
+            return memory.empty(shape, dtype)
+        in_order = memory.empty(tuple(shape[axis] for axis in self.order), dtype)
+        return in_order.transpose(np.argsort(self.order))
 
     def channel_vector(self, array: Array, dtype: np.dtype[Any]) -> Array:
         """Flatten an array of the channel axes, in their order in x, to the core's order."""

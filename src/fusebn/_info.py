@@ -1,5 +1,6 @@
 """`info`: what runs here, and why."""
 
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def cache_sizes() -> dict[str, int]:
         except (OSError, ValueError, KeyError, IndexError):
             continue
     return sizes
+
+
+def physical_memory() -> int:
+    """Return the bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def info() -> dict[str, Any]:

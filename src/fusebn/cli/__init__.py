@@ -1,0 +1,25 @@
+"""The command line `fusebn`. It lives on extras; without them it says which one to install."""
+
+import sys
+
+_EXTRAS = {"click", "rich", "sklearn", "threadpoolctl", "matplotlib"}
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    try:
+        # Here, not above: this module must import without the extras.
+        from fusebn.cli.commands import cli
+
+        cli(prog_name="fusebn")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        extra = "demo" if "demo" in sys.argv[1:] else "cli"
+        print(
+            f"fusebn: this needs {package}, which is not installed. To install it:\n"
+            f"    pip install 'fusebn[{extra}]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)

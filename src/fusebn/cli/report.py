@@ -1,0 +1,74 @@
+"""The report: one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import NamedTuple
+
+import fusebn
+from fusebn.cli import figures
+from fusebn.cli.digits import Digits
+from fusebn.cli.findings import Finding, percent
+from fusebn.cli.network import Network
+from fusebn.cli.watch import History
+
+
+class Summary(NamedTuple):
+    """What the head of the report says."""
+
+    seed: int
+    epochs: int
+    accuracy: float
+    training: Digits
+    held_out: Digits
+
+
+def write(
+    path: Path,
+    summary: Summary,
+    network: Network,
+    history: History,
+    channels: list[int],
+    shown: list[Finding],
+) -> None:
+    """Write the page: the figures, and the same tables as in the terminal."""
+    template = resources.files("fusebn.cli").joinpath("report.html").read_text("utf-8")
+    convergence, *mistakes = shown
+    facts = fusebn.info()
+    page = Template(template).substitute(
+        accuracy=percent(summary.accuracy),
+        seed=summary.seed,
+        epochs=summary.epochs,
+        training=f"{len(summary.training.labels):,}",
+        held_out=len(summary.held_out.labels),
+        version=facts["version"],
+        instruction_set=facts["instruction_set"],
+        threads=facts["threads"],
+        learning="\n".join(figures.learning(history)),
+        convergence="\n".join(figures.convergence(history, channels)),
+        convergence_lesson=escape(convergence.lesson),
+        convergence_table=_table(convergence),
+        activations="\n".join(figures.activations(network, summary.training.images)),
+        mistakes="\n".join(_section(finding) for finding in mistakes),
+    )
+    path.write_text(page, "utf-8")
+
+
+def _section(finding: Finding) -> str:
+    return (
+        f"<section><h2>{escape(finding.title)}</h2><p>{escape(finding.lesson)}</p>"
+        f"{_table(finding)}</section>"
+    )
+
+
+def _table(finding: Finding) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in finding.columns)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in finding.rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
