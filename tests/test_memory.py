@@ -9,9 +9,10 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import fusebn
 import numpy as np
 import pytest
+
+import fusebn
 from fusebn import memory
 
 MIB = 1 << 20
