@@ -26,6 +26,7 @@ from conftest import (
     stat,
     unwritten,
 )
+from fusebn import _core
 from fusebn import _reference as reference
 
 SHAPE_IDS = ["x".join(map(str, shape.block)) for shape in cases.SHAPES]
@@ -800,3 +801,20 @@ def test_normalize_past_two_to_the_31(channels_last: bool) -> None:
     finally:
         del flat
         release()
+
+
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
+def test_silu_and_gelu_vanish_far_below_zero(instruction_set: str) -> None:
+    _core.set_instruction_set(instruction_set)
+    z = np.array([[-1e38], [-200.0], [-90.0], [90.0], [1e38]], np.float32)
+    for activation in ("silu", "gelu"):
+        y = fusebn.fused_batch_norm(
+            z, None, None, np.zeros(1), np.ones(1), 0, "NC", False, activation=activation
+        ).y
+        assert y[:3].ravel().tolist() == [0, 0, 0]
+        assert y[3:].ravel().tolist() == z[3:].ravel().tolist()
+
+
+def test_weights_too_large_for_the_statistics_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"`weights` must be finite and not negative; got 1e\+300"):
+        fusebn.moments(np.ones((4, 1), np.float32), 0, weights=np.full(4, 1e300))

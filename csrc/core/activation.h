@@ -28,10 +28,10 @@ FUSEBN_INLINE Vec<double> by_lane(Vec<double> v, F f) {
 }
 
 // exp(x) = 2^n exp(r), |r| <= ln(2) / 2, by Taylor's polynomial of degree 7 (its remainder is 5e-9).
-// x is held within +-87, where 2^n is a normal number: beyond, results here are 0 or infinite.
-FUSEBN_INLINE Vec<float> exponential(Vec<float> x) {
+// Beyond +-87, where 2^n is no normal number, it is 0 or infinite.
+FUSEBN_INLINE Vec<float> exponential(Vec<float> given) {
   const Vec<float> low = splat(-87.f), high = splat(87.f);
-  x = where_less(x, low, low, where_less(high, x, high, x));
+  const Vec<float> x = where_less(given, low, low, where_less(high, given, high, given));
   const Vec<float> round = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> shifted = fma(x, splat(1.44269504f), round);
   const Vec<float> n = shifted - round;
@@ -43,7 +43,8 @@ FUSEBN_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> scale = each<float>([=](int i) {
     return (Register<float>)(((Bits)shifted.part[i] + 127) << 23);
   });
-  return p * scale;
+  const Vec<float> infinite = splat(__builtin_inff());
+  return where_less(given, low, splat(0.f), where_less(high, given, infinite, p * scale));
 }
 FUSEBN_INLINE Vec<double> exponential(Vec<double> x) {
   return by_lane(x, [](double v) { return exp(v); });

@@ -93,7 +93,9 @@ def moments(
     Notes
     -----
     As ``tf.nn.moments``, https://www.tensorflow.org/api_docs/python/tf/nn/moments, but statistics
-    of 16-bit arrays stay float32: the variance of a float16 array may exceed 65504.
+    of 16-bit arrays stay float32: the variance of a float16 array may exceed 65504. Squares are
+    summed in the type of the statistics: float32 values of one channel more than 1e17 apart
+    overflow, and the variance is then infinite.
 
     Examples
     --------

@@ -117,8 +117,10 @@ def _check_variance(operation: str, variance: Any) -> None:
         _spec.fail(ValueError, operation, "variance", "not be negative", f"{variance.min()}")
 
 
-def _weights(operation: str, argument: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """Return weights that broadcast to `shape` as an array of that shape."""
+def _weights(
+    operation: str, argument: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> Array:
+    """Return weights that broadcast to `shape` as an array of that shape, fit for `dtype`."""
     array = _plain(operation, argument, value)
     if array.dtype.kind not in "biu":
         _spec.element_type(operation, argument, array.dtype.name)
@@ -133,7 +135,7 @@ def _weights(operation: str, argument: str, value: Any, shape: tuple[int, ...]) 
             f"shape {array.shape}",
         )
     smallest, largest = (array.min(), array.max()) if array.size else (0, 0)
-    if not (smallest >= 0 and largest < np.inf):
+    if not (smallest >= 0 and largest <= np.finfo(dtype).max):
         got = f"{smallest}" if smallest < 0 else f"{largest}"
         _spec.fail(ValueError, operation, argument, "be finite and not negative", got)
     return full
@@ -214,7 +216,7 @@ def forward(
     layout = layout_of_axis(x, axis)
     if weights is not None:
         others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, others), stat)
+        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
     if out is not None:
@@ -337,7 +339,7 @@ def gradient(
     layout = layout_of_axis(x, axis)
     if weights is not None:
         others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, others), stat)
+        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
 
@@ -425,7 +427,7 @@ def moments_of_blocks(
     layout = layout_of_axes(x, kept)
     if weights is not None:
         shape = tuple(x.shape[axis] for axis in reduced)
-        weights = layout.positions(_weights(operation, weights_name, weights, shape), stat)
+        weights = layout.positions(_weights(operation, weights_name, weights, stat, shape), stat)
     mean, m2 = np.empty(layout.channels), np.empty(layout.channels)
     count = _core.moments(
         code, layout.outer, layout.channels, layout.inner, layout.memory(x), weights, mean, m2
@@ -482,7 +484,7 @@ def _moments_of_own_weights(
     operation: str, x: Array, reduced: tuple[int, ...], frequency_weights: Any
 ) -> tuple[Array, Array, Array]:
     """Weights that differ between channels, which the core has no verb for: two passes in NumPy."""
-    weights = _weights(operation, "frequency_weights", frequency_weights, x.shape)
+    weights = _weights(operation, "frequency_weights", frequency_weights, _FLOAT64, x.shape)
     wide = np.where(weights > 0, x, 0).astype(np.float64)
     total = weights.sum(reduced, keepdims=True)
     mean = (weights * wide).sum(reduced, keepdims=True) / np.where(total > 0, total, 1)
