@@ -85,7 +85,7 @@ void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Ex
 }
 
 namespace {
-std::atomic<int64_t> least_streamed{32 << 20};  // a usual last-level cache, until told better
+std::atomic<int64_t> least_streamed{8 << 20};  // until told better
 }
 int64_t streaming_bytes() { return least_streamed.load(std::memory_order_relaxed); }
 void set_streaming_bytes(int64_t bytes) {

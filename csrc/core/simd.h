@@ -151,14 +151,23 @@ FUSEBN_INLINE Vec<S> keep(Vec<S> v, Part lanes) {
   return where_less(index, splat(S(lanes.n)), v, splat(S(0)));
 }
 
+template <class S, int bytes>
+FUSEBN_INLINE S sum_halves(const S* lanes) {
+  if constexpr (bytes == sizeof(S)) {
+    return lanes[0];
+  } else {
+    typename RegisterOf<S, bytes / 2>::type low, high;
+    __builtin_memcpy(&low, lanes, bytes / 2);
+    __builtin_memcpy(&high, (const char*)lanes + bytes / 2, bytes / 2);
+    low = low + high;
+    return sum_halves<S, bytes / 2>((const S*)&low);
+  }
+}
+
 // The sum of all lanes, by halves: the same order on every machine.
 template <class S>
 FUSEBN_INLINE S sum(Vec<S> v) {
-  S lane[Vec<S>::kLanes];
-  __builtin_memcpy(lane, &v, sizeof v);
-  for (int half = Vec<S>::kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+  return sum_halves<S, 64>((const S*)&v);
 }
 
 // ---- 16-bit elements, one register of 32-bit lanes at a time ----

@@ -34,10 +34,10 @@ class Scratch {
 
 // ---- reduce ----
 
-// A task reads this many elements at least (128 KiB of float: about ten microseconds) and there are
+// A task reads this many elements at least (256 KiB of float: some ten microseconds) and there are
 // at most kMaxTasks of them along the positions, which bounds the partial results a channel.
-inline constexpr int64_t kTaskElements = 32768;
-inline constexpr int64_t kMaxTasks = 64;
+inline constexpr int64_t kTaskElements = 65536;
+inline constexpr int64_t kMaxTasks = 32;
 // Channels of one task: in rows, a contiguous 4 KiB of float; in planes, as many as fill 64 KiB.
 inline constexpr int64_t kRowGroup = 1024;
 inline constexpr int64_t kPlaneGroupElements = 16384;
@@ -46,8 +46,12 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
 inline constexpr int64_t kPlaneRunTerms = kRunTerms * 16 * 4;  // 16 lanes, 4 sums each
-// Rows of a band (reduce_rows), and how far ahead planes are prefetched, in elements.
+// Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
+// 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
 inline constexpr int64_t kBand = 8;
+inline constexpr int kTile = 4;
+inline constexpr int64_t kRowsAhead = 16;
+// Of reduce_planes: how many elements ahead.
 inline constexpr int64_t kPlaneAhead = 1024;
 
 // The cut of a block for `reduce`: chunks of positions times groups of channels.
@@ -93,7 +97,7 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end) {
 //   join(c, n, u, v)            the run's sums of the channels c .. c + n
 template <class S, int tile, class K, class L>
 FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t c, L lanes, S* to_u,
-                               S* to_v, int64_t ahead) {
+                               S* to_v) {
   constexpr int kLanes = Vec<S>::kLanes;
   Vec<S> u[tile], v[tile];
   typename K::Constants k[tile];
@@ -104,9 +108,9 @@ FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t
   }
   for (int64_t r = p; r < p + n; ++r)
     for (int j = 0; j < tile; ++j) {
-      kernel.prefetch(ahead);
-      ahead += kLanes;
-      kernel.template terms<true>(r * b.channels + c + j * kLanes, r, k[j], lanes, u[j], v[j]);
+      const int64_t e = r * b.channels + c + j * kLanes;
+      kernel.prefetch(e + kRowsAhead * b.channels);
+      kernel.template terms<true>(e, r, k[j], lanes, u[j], v[j]);
     }
   for (int j = 0; j < tile; ++j) {
     store(to_u + j * kLanes, u[j], Full{});
@@ -116,7 +120,7 @@ FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t
 
 // A band of rows is read tile by tile, so that the sums stay in registers. The hardware does not
 // foresee that order (a tile is 256 bytes of every row, and rows are often a power of two apart), so
-// the next band is asked for in the order of memory, into L2: in L1 its rows would collide.
+// each vector asks for the one two bands below it, into L2: in L1 those rows would collide.
 template <class S, class K>
 void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
   constexpr int kLanes = Vec<S>::kLanes;
@@ -125,13 +129,12 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
   for (int64_t r = p; r < p + n; r += kBand) {
     const int64_t rows = least(kBand, p + n - r);
     int64_t c = c0;
-    const int64_t next = (r + kBand) * b.channels + c0;
     const auto tile = [&]<int width>(auto lanes) {
       const int64_t at = c - c0;
-      reduce_tile<S, width>(kernel, b, r, rows, c, lanes, u + at, v + at, next + at * rows);
+      reduce_tile<S, width>(kernel, b, r, rows, c, lanes, u + at, v + at);
       c += width * kLanes;
     };
-    while (c + 4 * kLanes <= c1) tile.template operator()<4>(Full{});
+    while (c + kTile * kLanes <= c1) tile.template operator()<kTile>(Full{});
     while (c + kLanes <= c1) tile.template operator()<1>(Full{});
     if (c < c1) tile.template operator()<1>(Part{c1 - c});
   }
@@ -150,28 +153,32 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
     for (int64_t c = c0; c < c1; ++c) {
       const auto k = kernel.constant(c);
       const int64_t e = (at / b.inner * b.channels + c) * b.inner + i0;
-      // Four sums, since one would wait for its own last addition.
-      Vec<S> su[4], sv[4];
-      for (int j = 0; j < 4; ++j) su[j] = sv[j] = splat(S(0));
+      Vec<S> su = u[c - c0], sv = v[c - c0];
       int64_t i = 0;
-      for (; i + 4 * kLanes <= length; i += 4 * kLanes)
-        for (int j = 0; j < 4; ++j) {
-          const int64_t ij = i + j * kLanes;
-          kernel.prefetch(e + ij + kPlaneAhead);
-          kernel.template terms<false>(e + ij, at + ij, k, Full{}, su[j], sv[j]);
-        }
+      if (length >= 8 * kLanes) {
+        // Four sums, since one would wait for its own last addition.
+        Vec<S> fu[4], fv[4];
+        for (int j = 0; j < 4; ++j) fu[j] = fv[j] = splat(S(0));
+        for (; i + 4 * kLanes <= length; i += 4 * kLanes)
+          for (int j = 0; j < 4; ++j) {
+            const int64_t ij = i + j * kLanes;
+            kernel.prefetch(e + ij + kPlaneAhead);
+            kernel.template terms<false>(e + ij, at + ij, k, Full{}, fu[j], fv[j]);
+          }
+        su = su + ((fu[0] + fu[1]) + (fu[2] + fu[3]));
+        sv = sv + ((fv[0] + fv[1]) + (fv[2] + fv[3]));
+      }
       for (; i + kLanes <= length; i += kLanes)
-        kernel.template terms<false>(e + i, at + i, k, Full{}, su[0], sv[0]);
-      if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su[1], sv[1]);
-      u[c - c0] = u[c - c0] + ((su[0] + su[1]) + (su[2] + su[3]));
-      v[c - c0] = v[c - c0] + ((sv[0] + sv[1]) + (sv[2] + sv[3]));
+        kernel.template terms<false>(e + i, at + i, k, Full{}, su, sv);
+      if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su, sv);
+      u[c - c0] = su;
+      v[c - c0] = sv;
     }
     at += length;
   }
-  for (int64_t c = c0; c < c1; ++c) {
-    const S su = sum(u[c - c0]), sv = sum(v[c - c0]);
-    kernel.join(c, 1, &su, &sv);
-  }
+  S lane_u[kMaxPlaneGroup], lane_v[kMaxPlaneGroup];
+  for (int64_t c = 0; c < c1 - c0; ++c) lane_u[c] = sum(u[c]), lane_v[c] = sum(v[c]);
+  kernel.join(c0, c1 - c0, lane_u, lane_v);
 }
 
 // Sums over the positions [p0, p1) for the channels [c0, c1).

@@ -759,5 +759,6 @@ def _read_environment() -> None:
         _spec.fail(ValueError, "import fusebn", "FUSEBN_INSTRUCTION_SET", expected, repr(name))
 
 
-_core.set_streaming_bytes(max(_cache_sizes().values(), default=_core.streaming_bytes()))
+if _caches := _cache_sizes():
+    _core.set_streaming_bytes(max(_caches.values()) // 3)
 _read_environment()

@@ -12,6 +12,7 @@ import click
 from rich.console import Console
 
 import fusebn
+from fusebn.cli.bench import bench
 from fusebn.cli.info import show
 from fusebn.cli.output import all_or_nothing
 
@@ -32,6 +33,9 @@ class _Group(click.Group):
 @click.version_option(fusebn.__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Batch normalization, written once and written right."""
+
+
+cli.add_command(bench)
 
 
 @cli.command()

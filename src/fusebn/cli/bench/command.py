@@ -1,0 +1,178 @@
+"""The command line of `fusebn bench`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+
+import click
+from rich.console import Console
+
+import fusebn
+from fusebn.cli.bench import asides, plot, report
+from fusebn.cli.bench.cases import DTYPES, LAYOUTS, QUICK_SHAPES, SHAPES, USUAL_DTYPES, VERBS, parse
+from fusebn.cli.bench.machine import described, file_stem, machine
+from fusebn.cli.bench.peers import PEERS, installed
+from fusebn.cli.bench.results import Results
+from fusebn.cli.bench.runner import Plan, measure
+from fusebn.cli.bench.worker import Unable, Worker, memories
+
+QUICK_SECONDS = 42  # from the start of the command; the rest of the minute is for the last case
+QUICK_PEERS = ("torch",)
+QUICK_LAYOUTS = LAYOUTS[:1]
+QUICK_DTYPES = ("float32",)
+
+
+def _shape(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> object:
+    for value in values:
+        try:
+            parse(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+    return values
+
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A few shapes, within a minute.")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)))
+@click.option("--shape", "shapes", multiple=True, callback=_shape, help="Such as 32x56x56x256.")
+@click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS))
+@click.option("--verb", "verbs", multiple=True, type=click.Choice(list(VERBS)))
+@click.option(
+    "--peers",
+    multiple=True,
+    type=click.Choice([*PEERS, "none"]),
+    help="Whom to compare with; by default everybody installed (with --quick, PyTorch).",
+)
+@click.option("--repeats", type=click.IntRange(min=1), help="Rounds in which everybody has a turn.")
+@click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
+@click.option("--json", "json_path", type=_FILE, help="Write the results here.")
+@click.option("--plot", "plot_path", type=_FILE, help="Draw them here, as PNG and SVG.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write JSON, Markdown and plot into this folder, named by date and machine.",
+)
+def bench(
+    quick: bool,
+    dtypes: tuple[str, ...],
+    shapes: tuple[str, ...],
+    layouts: tuple[str, ...],
+    verbs: tuple[str, ...],
+    peers: tuple[str, ...],
+    repeats: int | None,
+    busy: bool,
+    json_path: Path | None,
+    plot_path: Path | None,
+    out: Path | None,
+) -> None:
+    """Measure speed against the floor that memory sets, and against other libraries.
+
+    Every answer is checked against the oracle before it is timed; a wrong one is not timed, and
+    the command ends with status 1.
+    """
+    start = perf_counter()
+    if (plot_path or out) and not find_spec("matplotlib"):
+        raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
+    plan = Plan(
+        shapes or (QUICK_SHAPES if quick else SHAPES),
+        layouts or (QUICK_LAYOUTS if quick else LAYOUTS),
+        dtypes or (QUICK_DTYPES if quick else USUAL_DTYPES),
+        verbs or tuple(VERBS),
+        repeats or (5 if quick else 7),
+        start + QUICK_SECONDS if quick else None,
+    )
+    console = Console(highlight=False)
+    where = machine()
+    console.print(described(where))
+    if warning := report.busy_machine(where):
+        console.print(f"[yellow]{warning}[/]")
+    here = installed()
+    wanted = [p for p in peers or (QUICK_PEERS if quick else here) if p != "none"]
+    for peer in wanted:
+        if peer in peers and peer not in here:
+            raise click.UsageError(
+                f"{PEERS[peer][0]} is not installed: {', '.join(PEERS[peer][1])}"
+            )
+    workers: list[Worker] = []
+    try:
+        workers = [
+            Worker(peer, memory, fusebn.get_num_threads())
+            for peer in wanted
+            if peer in here
+            for memory in memories()
+        ]
+        results = _results(plan, workers, where, console)
+    finally:
+        for worker in workers:
+            worker.close()
+    results.overhead = asides.overhead()
+    if busy:
+        results.busy = asides.busy()
+    report.show(results, console)
+    _write(results, json_path, plot_path, out, console)
+    if any(record.wrong for record in results.records):
+        console.print("[bold red]A wrong answer was refused.[/]")
+        sys.exit(1)
+
+
+def _results(
+    plan: Plan, workers: list[Worker], where: dict[str, object], console: Console
+) -> Results:
+    ready: list[Worker] = []
+    if workers:
+        names = dict.fromkeys(PEERS[worker.peer][0] for worker in workers)
+        with console.status(f"importing {', '.join(names)}"):
+            for worker in workers:
+                try:
+                    worker.wait()
+                    ready.append(worker)
+                except Unable as reason:
+                    console.print(f"{PEERS[worker.peer][0]} cannot be measured: {reason}")
+    results = Results(where, {worker.peer: worker.version for worker in ready}, plan.rounds)
+    dtype = None
+    with console.status("") as status:
+        for number, record in enumerate(measure(plan, ready), 1):
+            status.update(f"{number} of {math.prod((len(plan.cases()), len(plan.verbs)))}")
+            if record is None:
+                results.left_out += 1
+                continue
+            results.records.append(record)
+            if record.dtype != dtype:
+                dtype = record.dtype
+                console.print(report.heading(dtype))
+            console.print(report.line(record))
+    return results
+
+
+def _write(
+    results: Results,
+    json_path: Path | None,
+    plot_path: Path | None,
+    out: Path | None,
+    console: Console,
+) -> None:
+    jsons, plots = [json_path], [plot_path]
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = out / file_stem(results.machine)
+        jsons.append(stem.with_name(stem.name + ".json"))
+        plots.append(stem.with_name(stem.name + ".png"))
+        page = stem.with_name(stem.name + ".md")
+        page.write_text(report.markdown(results))
+        console.print(f"wrote {page}")
+    for path in filter(None, jsons):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
+        console.print(f"wrote {path}")
+    for path in filter(None, plots):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for written in plot.plot(results, path):
+            console.print(f"wrote {written}")
