@@ -173,65 +173,62 @@ FUSEBN_INLINE S sum(Vec<S> v) {
 // ---- 16-bit elements, one register of 32-bit lanes at a time ----
 
 using Bits = Register<uint32_t>;
-inline constexpr int kHalfLanes = kRegister / 4;
-typedef uint16_t HalfLanes __attribute__((vector_size(kRegister / 2)));
+typedef uint16_t Halves __attribute__((vector_size(kRegister / 2)));
 
-FUSEBN_INLINE Bits widen(const uint16_t* p) {
-  HalfLanes h;
-  __builtin_memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(h, Bits);
-}
-
-FUSEBN_INLINE Register<float> to_float(const bfloat16* p) {
-  return (Register<float>)(widen(&p->bits) << 16);
-}
-
-// Round to nearest, ties to even; a NaN stays one. (The instruction of AVX512-BF16 flushes
-// denormals to zero and would differ from every other machine.)
-FUSEBN_INLINE void from_float(Register<float> v, bfloat16* p) {
-  const Bits u = (Bits)v;
-  const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Bits quiet = (u >> 16) | 0x40;
-  const Bits bits = (u & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
-  const HalfLanes h = __builtin_convertvector(bits, HalfLanes);
-  __builtin_memcpy(p, &h, sizeof h);
-}
-
-FUSEBN_INLINE Register<float> to_float(const float16* p) {
+FUSEBN_INLINE Halves narrow(Bits bits) {
 #if FUSEBN_AVX512
-  return (Register<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)bits);  // GCC 12 takes four instructions
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+template <class T>
+FUSEBN_INLINE Register<float> to_float(Halves h) {
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return (Register<float>)(__builtin_convertvector(h, Bits) << 16);
+#if FUSEBN_AVX512
+  return (Register<float>)_mm512_cvtph_ps((__m256i)h);
 #elif FUSEBN_AVX2
-  return (Register<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  return (Register<float>)_mm256_cvtph_ps((__m128i)h);
 #else
   // Move exponent and mantissa into place and rebias the exponent by 112; all ones become all ones,
   // and for a zero exponent the leading 1 that this would imply is subtracted again.
-  const Bits h = widen(&p->bits);
-  const Bits magnitude = (h & 0x7fff) << 13, exponent = magnitude & (0x7c00u << 13);
+  const Bits wide = __builtin_convertvector(h, Bits);
+  const Bits magnitude = (wide & 0x7fff) << 13, exponent = magnitude & (0x7c00u << 13);
   const Bits normal = magnitude + (112u << 23);
   const Bits special = normal + (112u << 23);
   const Bits tiny_sum = normal + (1u << 23);
   const Bits tiny = (Bits)((Register<float>)tiny_sum - (Register<float>)(Bits{} + (113u << 23)));
   const Bits bits = exponent == (0x7c00u << 13) ? special : exponent == 0 ? tiny : normal;
-  return (Register<float>)(bits | ((h & 0x8000) << 16));
+  return (Register<float>)(bits | ((wide & 0x8000) << 16));
 #endif
 }
 
-FUSEBN_INLINE void from_float(Register<float> v, float16* p) {
+// Round to nearest, ties to even; a NaN stays one.
+template <class T>
+FUSEBN_INLINE Halves from_float(Register<float> v) {
+  const Bits u = (Bits)v;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    // Not the instruction of AVX512-BF16: it flushes denormals to zero, and no other machine does.
+    const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const Bits quiet = (u >> 16) | 0x40;
+    return narrow((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+  }
 #if FUSEBN_AVX512
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif FUSEBN_AVX2
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+  return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
-  // Round to nearest even: in the integer for normal results; by adding 0.5, whose last bit is the
-  // last bit of a binary16 denormal, for the tiny ones.
-  const Bits u = (Bits)v, magnitude = u & 0x7fffffff;
+  // In the integer for normal results; for tiny ones by adding 0.5, whose last bit is the last bit
+  // of a binary16 denormal.
+  const Bits magnitude = u & 0x7fffffff;
   const Bits half_bits = Bits{} + (126u << 23);
   const Bits tiny = (Bits)((Register<float>)magnitude + (Register<float>)half_bits) - half_bits;
   const Bits normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const Bits special = magnitude > 0x7f800000 ? Bits{} + 0x7e00 : Bits{} + 0x7c00;
   const Bits bits = magnitude >= (143u << 23) ? special : magnitude < (113u << 23) ? tiny : normal;
-  const HalfLanes h = __builtin_convertvector(bits | ((u >> 16) & 0x8000), HalfLanes);
-  __builtin_memcpy(p, &h, sizeof h);
+  return narrow(bits | ((u >> 16) & 0x8000));
 #endif
 }
 
@@ -242,7 +239,9 @@ FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Full) {
   using V = Vec<Stat<T>>;
   return each<Stat<T>>([=](int i) {
     if constexpr (sizeof(T) == 2) {
-      return to_float(p + i * V::kPartLanes);
+      Halves h;
+      __builtin_memcpy(&h, p + i * V::kPartLanes, sizeof h);
+      return to_float<T>(h);
     } else {
       Register<T> r;
       __builtin_memcpy(&r, p + i * V::kPartLanes, sizeof r);
@@ -254,10 +253,12 @@ template <class T>
 FUSEBN_INLINE void store(T* p, Vec<Stat<T>> v, Full) {
   using V = Vec<Stat<T>>;
   for (int i = 0; i < V::kParts; ++i) {
-    if constexpr (sizeof(T) == 2)
-      from_float(v.part[i], p + i * V::kPartLanes);
-    else
+    if constexpr (sizeof(T) == 2) {
+      const Halves h = from_float<T>(v.part[i]);
+      __builtin_memcpy(p + i * V::kPartLanes, &h, sizeof h);
+    } else {
       __builtin_memcpy(p + i * V::kPartLanes, &v.part[i], sizeof v.part[i]);
+    }
   }
 }
 
@@ -296,11 +297,10 @@ FUSEBN_INLINE void fence() {
 template <class T>
 FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Part lanes) {
 #if FUSEBN_AVX512
-  if constexpr (sizeof(T) == 4) {
-    return {(Register<float>)_mm512_maskz_loadu_ps(__mmask16((1u << lanes.n) - 1), p)};
-  } else if constexpr (sizeof(T) == 8) {
-    return {(Register<double>)_mm512_maskz_loadu_pd(__mmask8((1u << lanes.n) - 1), p)};
-  }
+  const unsigned mask = (1u << lanes.n) - 1;
+  if constexpr (sizeof(T) == 2) return {to_float<T>((Halves)_mm256_maskz_loadu_epi16(mask, p))};
+  if constexpr (sizeof(T) == 4) return {(Register<float>)_mm512_maskz_loadu_ps(mask, p)};
+  if constexpr (sizeof(T) == 8) return {(Register<double>)_mm512_maskz_loadu_pd(mask, p)};
 #endif
   T lane[Vec<Stat<T>>::kLanes] = {};
   for (int64_t i = 0; i < lanes.n; ++i) lane[i] = p[i];
@@ -309,11 +309,11 @@ FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Part lanes) {
 template <class T>
 FUSEBN_INLINE void store(T* p, Vec<Stat<T>> v, Part lanes) {
 #if FUSEBN_AVX512
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_mask_storeu_ps(p, __mmask16((1u << lanes.n) - 1), (__m512)v.part[0]);
-  } else if constexpr (sizeof(T) == 8) {
-    return _mm512_mask_storeu_pd(p, __mmask8((1u << lanes.n) - 1), (__m512d)v.part[0]);
-  }
+  const unsigned mask = (1u << lanes.n) - 1;
+  if constexpr (sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, mask, (__m256i)from_float<T>(v.part[0]));
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, (__m512)v.part[0]);
+  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, mask, (__m512d)v.part[0]);
 #endif
   T lane[Vec<Stat<T>>::kLanes];
   store(lane, v, Full{});

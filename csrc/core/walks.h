@@ -45,6 +45,7 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
+inline constexpr int64_t kFirstTerms = 16;
 inline constexpr int64_t kPlaneRunTerms = kRunTerms * 16 * 4;  // 16 lanes, 4 sums each
 // Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
 // 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
@@ -77,13 +78,15 @@ struct Cut {
   }
 };
 
-// The length of the run that starts at position p of a chunk that ends at `end`: part of a plane, or
-// whole planes.
-FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end) {
+// The length of the run that starts at position p of a chunk that ends at `end`, `done` positions
+// into it: part of a plane, or whole planes. Runs double from a short first one, so that none is
+// longer than all before it: what moments.cpp needs.
+FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
   const int64_t longest = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
+  const int64_t length = done ? least(done, longest) : longest * kFirstTerms / kRunTerms;
   const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
-  if (longest < left || in_plane) return least(least(longest, left), end - p);
-  return least(longest / b.inner * b.inner, end - p);
+  if (length < left || in_plane) return least(least(length, left), end - p);
+  return least(length / b.inner * b.inner, end - p);
 }
 
 // A kernel for `reduce` sums two terms a channel. It offers
@@ -168,8 +171,10 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
         su = su + ((fu[0] + fu[1]) + (fu[2] + fu[3]));
         sv = sv + ((fv[0] + fv[1]) + (fv[2] + fv[3]));
       }
-      for (; i + kLanes <= length; i += kLanes)
+      for (; i + kLanes <= length; i += kLanes) {
+        kernel.prefetch(e + i + b.channels * b.inner);  // short planes: the next outer index
         kernel.template terms<false>(e + i, at + i, k, Full{}, su, sv);
+      }
       if (i < length) kernel.template terms<false>(e + i, at + i, k, Part{length - i}, su, sv);
       u[c - c0] = su;
       v[c - c0] = sv;
@@ -185,7 +190,7 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
 template <class S, class K>
 void reduce(K& kernel, Block b, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
   for (int64_t p = p0, n; p < p1; p += n) {
-    n = run_length(b, p, p1);
+    n = run_length(b, p, p1, p - p0);
     kernel.begin(p, n);
     if (b.inner == 1)
       reduce_rows<S>(kernel, b, p, n, c0, c1);
