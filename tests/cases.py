@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fusebn import _reference as reference
+
 Array = NDArray[Any]
 Block = tuple[int, int, int]
 
@@ -23,7 +25,7 @@ FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32, FLOAT64)
 
-ACTIVATIONS = (None, "relu", "relu6", "leaky_relu", "silu", "gelu")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 # data_format -> the shape it means for batch 3, channels 5 and spatial extents 4, 6, 2
 FORMATS = {

@@ -124,7 +124,7 @@ ARRAYS = [
         )
         for bad in ("int64", "uint8", "bool", "complex64", "object", "longdouble", "datetime64[s]")
     ),
-    Row(FUSED, "x", TypeError, ("int64", "astype"), lambda: fused(X.astype(np.int64))),
+    Row(FUSED, "x", TypeError, ("int64", "numpy.asarray"), lambda: fused(X.astype(np.int64))),
     # x of a kind that is no array
     *(
         Row(operation, argument, TypeError, ("NumPy array", kind), lambda f=f, v=value: f(v))
@@ -232,7 +232,7 @@ SHAPES = [
     ),
     # one value a channel
     *(
-        Row(operation, name, ValueError, ("(4,)", "(6, 4)", "(6,)", "axis=0"), lambda f=f, n=name: f(**{n: np.ones(6, F32)}))
+        Row(operation, name, ValueError, ("(4,)", "(6, 4)", "(6,)"), lambda f=f, n=name: f(**{n: np.ones(6, F32)}))
         for operation, f, names in (
             (FUSED, lambda **v: fused(**v), ("scale", "offset")),
             (FUSED, lambda **v: fused(is_training=False, **({"mean": ONE4, "variance": ONE4} | v)), ("mean", "variance")),
@@ -582,3 +582,11 @@ def test_bad_environment(name: str, value: str, says: str) -> None:
     )  # fmt: skip
     assert result.returncode == 1
     assert f"ValueError: import fusebn: {says}" in result.stderr
+
+
+def test_a_vector_that_fits_another_axis_names_it_unless_it_is_the_batch() -> None:
+    x = np.ones((4, 5, 5, 3), np.float32)
+    with pytest.raises(ValueError, match=r"Did you mean axis=1\?"):
+        fusebn.fused_batch_norm(x, np.ones(5, np.float32), None)
+    with pytest.raises(ValueError, match=r"got shape \(4,\)\.$"):
+        fusebn.fused_batch_norm(x, np.ones(4, np.float32), None)

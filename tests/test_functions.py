@@ -819,3 +819,14 @@ def test_silu_and_gelu_vanish_far_below_zero(instruction_set: str) -> None:
 def test_weights_too_large_for_the_statistics_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`weights` must be finite and not negative; got 1e\+300"):
         fusebn.moments(np.ones((4, 1), np.float32), 0, weights=np.full(4, 1e300))
+
+
+@pytest.mark.parametrize("axis", [1, -1])
+def test_weights_may_keep_the_channel_axis(axis: int) -> None:
+    rng = np.random.default_rng(0)
+    x = frozen(rng.standard_normal((3, 4, 5, 6)), np.float32)
+    weights = (rng.random((3, 4, 5, 6)) > 0.5).take([0], axis)
+    kept = fusebn.fused_batch_norm(x, None, None, axis=axis, weights=weights)
+    plain = fusebn.fused_batch_norm(x, None, None, axis=axis, weights=weights.squeeze(axis))
+    for a, b in zip(kept, plain, strict=True):
+        assert a.tobytes() == b.tobytes()

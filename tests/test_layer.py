@@ -528,3 +528,17 @@ def test_parameters_of_another_type_than_x(rng: np.random.Generator) -> None:
     magnitude = np.abs(expected.y) + 2 * np.abs(scale) + np.abs(offset)
     assert_close(y, expected.y, dtype=x.dtype, magnitude=magnitude, ulps=ULPS[x.dtype])
     assert layer.moving_mean.dtype == np.float64
+
+
+def test_a_pickle_and_a_copy_hold_the_layer_and_not_the_batch() -> None:
+    layer = fusebn.BatchNorm(4)
+    layer(np.ones((100_000, 4), np.float32), training=True)
+    data = pickle.dumps(layer)
+    assert len(data) < 2000
+    for twin in (pickle.loads(data), copy.copy(layer), copy.deepcopy(layer)):
+        assert twin.num_updates == 1
+        twin.moving_mean[:] = 7
+        assert layer.moving_mean[0] != 7
+        with pytest.raises(RuntimeError, match="call the layer first"):
+            twin.backward(np.ones((1, 4), np.float32))
+    assert layer.backward(np.ones((100_000, 4), np.float32)).dx.shape == (100_000, 4)

@@ -95,7 +95,7 @@ def moments(
     As ``tf.nn.moments``, https://www.tensorflow.org/api_docs/python/tf/nn/moments, but statistics
     of 16-bit arrays stay float32: the variance of a float16 array may exceed 65504. Squares are
     summed in the type of the statistics: float32 values of one channel more than 1e17 apart
-    overflow, and the variance is then infinite.
+    overflow, and the variance is then infinite, or NaN where the distances overflow as well.
 
     Examples
     --------
@@ -405,9 +405,10 @@ def fused_batch_norm(
     residual : array of the shape and dtype of x, optional
         Added before the activation.
     weights : array, optional
-        One non-negative real for each position, in the shape of x without the channel axis, or
-        broadcasting to it. They weigh the statistics; a position of weight 0 is left out of them,
-        even if it holds NaN, but is normalized like any other. None means 1.
+        One non-negative real for each position, in the shape of x without the channel axis (or
+        with length 1 there), or broadcasting to it. They weigh the statistics; a position of
+        weight 0 is left out of them, even if it holds NaN, but is normalized like any other. None
+        means 1.
     correction : float
         The variance returned is ``sum(w * (x - m)**2) / (n - correction)``: 1 is TensorFlow's, 0
         the biased one. Where n is not above it the divisor is n: a single element has variance 0.
@@ -419,7 +420,8 @@ def fused_batch_norm(
     y : array of the shape and dtype of x
     mean, variance : array of shape (channels,), float32 or float64 if x is
         In training the batch's statistics, mixed into the given ones if the factor is not 1; in
-        inference copies of the given ones. Together with y a named tuple.
+        inference copies of the given ones. Together with y a named tuple. With `correction` 1 this
+        variance is not the one that normalized x, which :func:`fused_batch_norm_grad` takes.
 
     Raises
     ------

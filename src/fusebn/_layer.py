@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +196,8 @@ class BatchNorm:
         Parameters
         ----------
         x : array of float16, bfloat16, float32 or float64
-            Any rank; its channel axis has length `channels`. Not modified, but kept for `backward`.
+            Any rank; its channel axis has length `channels`. Not modified, but remembered until
+            the next call: `backward` reads it again, so change it only afterwards, and `scale` too.
         training : bool, or boolean array of rank 0
             Whether the batch's statistics normalize x, or the moving ones. There is no default:
             the forgotten one is the most common mistake there is.
@@ -405,6 +407,14 @@ class BatchNorm:
         self.zero_debias = bool(new["zero_debias"])
         self._decay, self.epsilon, self.correction = decay, epsilon, correction
         self._frozen = bool(new["frozen"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickle or a copy is the layer, not the last batch that backward remembers.
+        return self.__dict__ | {"_last": None}
+
+    def __copy__(self) -> BatchNorm:
+        # Two layers that shared their averages, but not the count of updates, would both be wrong.
+        return deepcopy(self)
 
     def config(self) -> dict[str, Any]:
         """Return the arguments that construct a layer like this one, ready for JSON."""

@@ -7,7 +7,7 @@ Each does three things in order: check the arguments (`_spec`), lay the arrays o
 import math
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  # makes bfloat16 a dtype that NumPy knows
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,19 +49,18 @@ class FusedBatchNormGrad(NamedTuple):
 
 # ---- arguments ----
 
-_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 # Element type, in native byte order -> the core's number, and the dtype of its statistics.
 _ELEMENTS = {
-    dtype: (_spec.ELEMENT_TYPES[dtype.name], np.dtype(_spec.stat_type(dtype.name)))
-    for dtype in (np.dtype(np.float16), _BFLOAT16, _FLOAT32, _FLOAT64)
+    np.dtype(name): (code, np.dtype(_spec.stat_type(name)))
+    for name, code in _spec.ELEMENT_TYPES.items()
 }
 
 
 def _plain(operation: str, argument: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
-        fix = "Pass its .data, and weights=~mask to leave the masked positions out."
+        fix = "Pass its .data, and weights= with 0 for each position to leave out."
         _spec.fail(TypeError, operation, argument, "be a plain array", "a masked array", fix)
     return np.asarray(value)
 
@@ -141,6 +140,17 @@ def _weights(
     return full
 
 
+def _position_weights(
+    operation: str, value: Any, dtype: np.dtype[Any], shape: tuple[int, ...], axis: int
+) -> Array:
+    """Return one weight for each position of x; the channel axis may stand there with length 1."""
+    array = _plain(operation, "weights", value)
+    if array.ndim == len(shape) and array.shape[axis] == 1:
+        array = array.squeeze(axis)
+    others = shape[:axis] + shape[axis + 1 :]
+    return _weights(operation, "weights", array, dtype, others)
+
+
 def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
     """Check that y can be written to `out`."""
     if not isinstance(out, np.ndarray):
@@ -215,8 +225,7 @@ def forward(
     activation = _spec.activation(operation, activation)
     layout = layout_of_axis(x, axis)
     if weights is not None:
-        others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+        weights = layout.positions(_position_weights(operation, weights, stat, shape, axis), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
     if out is not None:
@@ -338,8 +347,7 @@ def gradient(
     activation = _spec.activation(operation, activation)
     layout = layout_of_axis(x, axis)
     if weights is not None:
-        others = shape[:axis] + shape[axis + 1 :]
-        weights = layout.positions(_weights(operation, "weights", weights, stat, others), stat)
+        weights = layout.positions(_position_weights(operation, weights, stat, shape, axis), stat)
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
 

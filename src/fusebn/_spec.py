@@ -51,7 +51,7 @@ def element_type(operation: str, argument: str, dtype: str) -> int:
             argument,
             f"be an array of {', '.join(ELEMENT_TYPES)}",
             f"dtype {dtype}",
-            "Convert it first, as by .astype('float32')."
+            "Convert it first, as by numpy.asarray(..., dtype='float32')."
             if dtype.startswith(("int", "uint", "bool"))
             else "",
         )
@@ -164,9 +164,8 @@ def channel_vector(
         fix = ""
         if math.prod(shape) == channels:
             fix = "Reshape it by .reshape(-1)."
-        elif len(shape) == 1 and shape[0] in x_shape:
-            axis = x_shape.index(shape[0])
-            fix = f"Did you mean axis={axis}?"
+        elif len(shape) == 1 and shape[0] in x_shape[1:]:  # axis 0 is the batch
+            fix = f"Did you mean axis={x_shape.index(shape[0], 1)}?"
         fail(
             ValueError,
             operation,
