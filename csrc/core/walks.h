@@ -34,9 +34,10 @@ class Scratch {
 
 // ---- reduce ----
 
-// A task reads this many elements at least (256 KiB of float: some ten microseconds) and there are
-// at most kMaxTasks of them along the positions, which bounds the partial results a channel.
-inline constexpr int64_t kTaskElements = 65536;
+// A task reads this many elements at least (512 KiB of float: some thirty microseconds; its runs then
+// are long enough that joining them costs little) and there are at most kMaxTasks of them along the
+// positions, which bounds the partial results a channel.
+inline constexpr int64_t kTaskElements = 131072;
 inline constexpr int64_t kMaxTasks = 32;
 // Channels of one task: in rows, a contiguous 4 KiB of float; in planes, as many as fill 64 KiB.
 inline constexpr int64_t kRowGroup = 1024;
