@@ -47,14 +47,20 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
 inline constexpr int64_t kFirstTerms = 16;
-inline constexpr int64_t kPlaneRunTerms = kRunTerms * 16 * 4;  // 16 lanes, 4 sums each
 // Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
 // 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
 inline constexpr int64_t kBand = 8;
 inline constexpr int kTile = 4;
 inline constexpr int64_t kRowsAhead = 16;
-// Of reduce_planes: how many elements ahead.
+// Of reduce_planes: how many elements ahead, and from how many on a plane has four sums a lane.
 inline constexpr int64_t kPlaneAhead = 1024;
+inline constexpr int64_t kLongPlane = 128;
+
+// The positions of the longest run: kRunTerms for each sum that a channel has.
+FUSEBN_INLINE int64_t longest_run(Block b) {
+  if (b.inner == 1) return kRunTerms;
+  return kRunTerms * 16 * (b.inner < kLongPlane ? 1 : 4);
+}
 
 // The cut of a block for `reduce`: chunks of positions times groups of channels.
 struct Cut {
@@ -72,7 +78,7 @@ struct Cut {
     const int64_t tasks = most(1, least(b.elements() / kTaskElements, kMaxTasks));
     const int64_t wanted = ceil_div(b.positions(), ceil_div(tasks, groups));
     // Whole runs, and whole planes where a run holds several of them.
-    const int64_t run = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
+    const int64_t run = longest_run(b);
     const int64_t unit = b.inner >= run ? run : (run / b.inner) * b.inner;
     chunk = ceil_div(wanted, unit) * unit;
     chunks = ceil_div(b.positions(), chunk);
@@ -83,7 +89,7 @@ struct Cut {
 // into it: part of a plane, or whole planes. Runs double from a short first one, so that none is
 // longer than all before it: what moments.cpp needs.
 FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
-  const int64_t longest = b.inner == 1 ? kRunTerms : kPlaneRunTerms;
+  const int64_t longest = longest_run(b);
   const int64_t length = done ? least(done, longest) : longest * kFirstTerms / kRunTerms;
   const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
   if (length < left || in_plane) return least(least(length, left), end - p);
@@ -159,7 +165,7 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
       const int64_t e = (at / b.inner * b.channels + c) * b.inner + i0;
       Vec<S> su = u[c - c0], sv = v[c - c0];
       int64_t i = 0;
-      if (length >= 8 * kLanes) {
+      if (length >= kLongPlane) {
         // Four sums, since one would wait for its own last addition.
         Vec<S> fu[4], fv[4];
         for (int j = 0; j < 4; ++j) fu[j] = fv[j] = splat(S(0));
