@@ -6,11 +6,11 @@
 // the mean of all that the task has read before; the run's own m2 is then sum(d^2) - sum(d)^2 / k. A
 // run of k at distance d from the n before it subtracts k d^2, and adds n k / (n + k) d^2 to the
 // total. Since n >= k, that is at most twice what is added, whatever the data: the subtraction costs
-// one bit. For n >= k to hold from the start, runs begin short and double, and a task reads the
-// first one twice, the first time for its mean alone. Runs, then tasks, are joined in double by
-// the pairwise update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance",
-// 1983. All means are kept as distances from the first value of the channel, the base: 10000 +- 0.1
-// then loses no digits to the 10000, in double either.
+// one bit. For n >= k to hold from the start, runs begin short and double, and a task reads the first
+// one twice, the first time for its mean alone. Runs, then tasks, are joined in double by the pairwise
+// update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983. All means are
+// kept as distances from the first value of the channel, the base: 10000 +- 0.1 then loses no digits
+// to the 10000, in double either.
 //
 // m2 is a sum of terms that are not negative, so a variance never is; a constant channel gives
 // d = 0 throughout, hence its own value and exactly 0.
@@ -151,6 +151,7 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
     if (p < end) {
       read_position(x, b, p, c0, c1, origin);
       reduce<S>(sums, b, p, p + run_length(b, p, end, 0), c0, c1);
+      // Keep the origin that this has found, forget the rest.
       for (int64_t c = 0; c < c1 - c0; ++c) task_mean[c] = task_m2[c] = 0;
       sums.count = 0;
       reduce<S>(sums, b, p, end, c0, c1);
@@ -191,7 +192,7 @@ double moments(const T* x, Block b, const Stat<T>* weights, double* mean, double
     Scratch<double> means(copies), m2s(copies);
     // Joins the copies of each channel, one after the other, relative to the first one's base.
     const auto join_copies = [&](int64_t at, Block part, int64_t fold) {
-      moments_from_base(x + at, part, weights, bases, means, m2s, executor);
+      moments_from_base<T>(x + at, part, nullptr, bases, means, m2s, executor);
       if (at == 0)
         for (int64_t c = 0; c < channels; ++c) base[c] = bases[c];
       for (int64_t copy = 0; copy < fold; ++copy) {

@@ -46,7 +46,7 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-inline constexpr int64_t kFirstTerms = 16;
+inline constexpr int64_t kFirstTerms = 16;  // of the first run, which moments.cpp reads twice
 // Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
 // 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
 inline constexpr int64_t kBand = 8;
