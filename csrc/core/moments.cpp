@@ -6,8 +6,9 @@
 // the mean of all that the task has read before; the run's own m2 is then sum(d^2) - sum(d)^2 / k. A
 // run of k at distance d from the n before it subtracts k d^2, and adds n k / (n + k) d^2 to the
 // total. Since n >= k, that is at most twice what is added, whatever the data: the subtraction costs
-// one bit. For n >= k to hold from the start, runs begin short and double, and a task reads the first
-// one twice, the first time for its mean alone. Runs, then tasks, are joined in double by the pairwise
+// one bit. The origin of a task's first run is the mean of its first quarter, which is read twice: a
+// quarter that is d away from the mean of its run adds k / 3 d^2, so there it is three times, or two
+// bits. Runs, then tasks, are joined in double by the pairwise
 // update of Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983. All means are
 // kept as distances from the first value of the channel, the base: 10000 +- 0.1 then loses no digits
 // to the 10000, in double either.
@@ -63,6 +64,7 @@ struct Sums {
   double* mean;  // of what was joined so far, as a distance from base
   double* m2;
   int64_t c0;
+  bool finds_origin = false;    // join() only moves the origin to the mean of the run
   double count = 0;             // weight joined so far, this run included
   double inverse = 0, share = 0, cross = 0;  // of this run: 1 / k, k / count, n k / count
 
@@ -109,6 +111,10 @@ struct Sums {
     S* const o = origin + (c - c0);
     double* const m = mean + (c - c0);
     double* const q = m2 + (c - c0);
+    if (finds_origin) {
+      for (int64_t j = 0; j < n; ++j) o[j] = S(o[j] + u[j] * inverse);
+      return;
+    }
     // `join` above, with the factors that all channels share taken out, so that it vectorizes.
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
@@ -150,9 +156,10 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
     Sums<T> sums{x, weights, base + c0, origin, task_mean, task_m2, c0};
     if (p < end) {
       read_position(x, b, p, c0, c1, origin);
-      reduce<S>(sums, b, p, p + run_length(b, p, end, 0), c0, c1);
-      // Keep the origin that this has found, forget the rest.
-      for (int64_t c = 0; c < c1 - c0; ++c) task_mean[c] = task_m2[c] = 0;
+      const int64_t quarter = run_length(b, p, end - p, longest_run(b) / 4);
+      sums.finds_origin = true;
+      reduce<S>(sums, b, p, p + quarter, c0, c1);
+      sums.finds_origin = false;
       sums.count = 0;
       reduce<S>(sums, b, p, end, c0, c1);
     }

@@ -46,7 +46,6 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-inline constexpr int64_t kFirstTerms = 16;  // of the first run, which moments.cpp reads twice
 // Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
 // 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
 inline constexpr int64_t kBand = 8;
@@ -85,15 +84,12 @@ struct Cut {
   }
 };
 
-// The length of the run that starts at position p of a chunk that ends at `end`, `done` positions
-// into it: part of a plane, or whole planes. Runs double from a short first one, so that none is
-// longer than all before it: what moments.cpp needs.
-FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t end, int64_t done) {
-  const int64_t longest = longest_run(b);
-  const int64_t length = done ? least(done, longest) : longest * kFirstTerms / kRunTerms;
-  const int64_t in_plane = p % b.inner, left = b.inner - in_plane;
-  if (length < left || in_plane) return least(least(length, left), end - p);
-  return least(length / b.inner * b.inner, end - p);
+// The length of the run that starts at position p and has `left` positions left, `longest` at most: a
+// part of a plane, or whole planes.
+FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t left, int64_t longest) {
+  const int64_t in_plane = p % b.inner, to_end = b.inner - in_plane;
+  if (longest < to_end || in_plane) return least(least(longest, to_end), left);
+  return least(longest / b.inner * b.inner, left);
 }
 
 // A kernel for `reduce` sums two terms a channel. It offers
@@ -197,7 +193,7 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
 template <class S, class K>
 void reduce(K& kernel, Block b, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
   for (int64_t p = p0, n; p < p1; p += n) {
-    n = run_length(b, p, p1, p - p0);
+    n = run_length(b, p, p1 - p, longest_run(b));
     kernel.begin(p, n);
     if (b.inner == 1)
       reduce_rows<S>(kernel, b, p, n, c0, c1);
@@ -233,34 +229,36 @@ struct Folded {
 // claiming it costs nothing.
 inline constexpr int64_t kMapElements = 65536;
 
-// The constants of N kinds a channel that `map` hands to its kernel. In rows they are laid out
-// periodically, so that a vector may begin at any channel and run past the last one.
+// In rows the constants are laid out again and again until a pattern is this long: most vectors then
+// need not ask whether it has come to its end.
+inline constexpr int64_t kPattern = 512;
+
+// The constants of N kinds a channel that `map` hands to its kernel. In rows they are a periodic
+// pattern, one vector longer than the period, so that a vector may begin at any channel.
 template <class S, int N>
 class ChannelConstants {
  public:
   ChannelConstants(Block b)
       : channels_(b.channels),
-        period_(b.inner == 1 ? b.channels * ceil_div(Vec<S>::kLanes, b.channels) : b.channels),
+        period_(b.inner == 1 ? b.channels * least(ceil_div(kPattern, b.channels), b.outer)
+                             : b.channels),
         stride_(b.inner == 1 ? period_ + Vec<S>::kLanes : period_),
         data_(N * stride_) {}
 
   void set(int64_t c, const S (&values)[N]) {
     for (int i = 0; i < N; ++i) data_[i * stride_ + c] = values[i];
   }
-  // Once all are set: repeats them to the end of the array.
+  // Once all are set: repeats them, twice as many at a time, to the end of the pattern.
   void seal() {
     for (int i = 0; i < N; ++i)
-      for (int64_t c = channels_; c < stride_; ++c)
-        data_[i * stride_ + c] = data_[i * stride_ + c - channels_];
+      for (int64_t done = channels_, n; done < stride_; done += n) {
+        n = least(done, stride_ - done);
+        __builtin_memcpy(of(i) + done, of(i), n * sizeof(S));
+      }
   }
 
   int64_t period() const { return period_; }
-  FUSEBN_INLINE void read(int64_t at, Vec<S> (&k)[N]) const {
-    for (int i = 0; i < N; ++i) k[i] = load(data_ + i * stride_ + at, Full{});
-  }
-  FUSEBN_INLINE void repeat(int64_t c, Vec<S> (&k)[N]) const {
-    for (int i = 0; i < N; ++i) k[i] = splat(data_[i * stride_ + c]);
-  }
+  S* of(int kind) const { return data_ + kind * stride_; }
 
  private:
   int64_t channels_, period_, stride_;
@@ -277,33 +275,41 @@ int64_t until_aligned(const T* out, int64_t e, int64_t end) {
 // A kernel for `map` writes `out` and is called as kernel.visit<rows>(e, p, k, lanes): the elements
 // e.., the position p they share (rows, when it reads weights) or start at (planes), and the
 // constants. Vectors are aligned on `out`, so that the kernel may stream the Full ones.
+//
+// Kernels and tables of constants are copied to where no other name can reach them: the compiler has
+// to expect that a store to `out` changes anything else, and would read them again for every vector.
 template <class S, int N, class K>
-void map_rows(const K& kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
+void map_rows(const K kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
               int64_t end, int64_t p) {
   constexpr int kLanes = Vec<S>::kLanes;
-  Vec<S> k[N];
+  const S* table[N];
+  for (int i = 0; i < N; ++i) table[i] = constants.of(i);
+  const auto visit = [=](int64_t at, int64_t e, auto lanes) {
+    Vec<S> k[N];
+    for (int i = 0; i < N; ++i) k[i] = load(table[i] + at, Full{});
+    kernel.template visit<true>(e, p, k, lanes);
+  };
+  const int64_t period = constants.period();
   int64_t at = e % b.channels;
   if (const int64_t head = until_aligned(kernel.out, e, end)) {
-    constants.read(at, k);
-    kernel.template visit<true>(e, p, k, Part{head});
+    visit(at, e, Part{head});
     e += head;
     at = (at + head) % b.channels;
   }
-  for (; e + kLanes <= end; e += kLanes) {
-    constants.read(at, k);
-    kernel.template visit<true>(e, p, k, Full{});
-    at += kLanes;
-    if (at >= constants.period()) at -= constants.period();
+  while (e + kLanes <= end) {
+    int64_t vectors = least((end - e) / kLanes, ceil_div(period - at, kLanes));
+    for (; vectors > 0; --vectors, e += kLanes, at += kLanes) visit(at, e, Full{});
+    if (at >= period) at -= period;
   }
-  if (e < end) {
-    constants.read(at, k);
-    kernel.template visit<true>(e, p, k, Part{end - e});
-  }
+  if (e < end) visit(at, e, Part{end - e});
 }
 
 template <class S, int N, class K>
-void map_plane(const K& kernel, const Vec<S> (&k)[N], int64_t e, int64_t end, int64_t p) {
+void map_plane(const K kernel, const ChannelConstants<S, N>& constants, int64_t c, int64_t e,
+               int64_t end, int64_t p) {
   constexpr int kLanes = Vec<S>::kLanes;
+  Vec<S> k[N];
+  for (int i = 0; i < N; ++i) k[i] = splat(constants.of(i)[c]);
   if (const int64_t head = until_aligned(kernel.out, e, end)) {
     kernel.template visit<false>(e, p, k, Part{head});
     e += head;
@@ -340,9 +346,8 @@ void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool
       } else {
         const int64_t plane = e / b.inner, i = e % b.inner;
         const int64_t stop = least((plane + 1) * b.inner, end);
-        Vec<S> k[N];
-        constants.repeat(plane % b.channels, k);
-        map_plane<S, N>(kernel, k, e, stop, plane / b.channels * b.inner + i);
+        map_plane<S, N>(kernel, constants, plane % b.channels, e, stop,
+                        plane / b.channels * b.inner + i);
         e = stop;
       }
     }
