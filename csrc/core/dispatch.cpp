@@ -1,8 +1,7 @@
 // dispatch.cpp: which build of the kernels runs.
 //
-// moments.cpp, normalize.cpp and backward.cpp are compiled once for each instruction set in
-// FUSEBN_TARGETS, best first, each inside a namespace of that name. The best one that the machine
-// can run is chosen when first asked for.
+// moments.cpp, normalize.cpp, backward.cpp and floors.cpp are compiled once for each target, inside a
+// namespace of that name. The best one that the machine can run is chosen when the library is loaded.
 #include <atomic>
 #include <cstring>
 
@@ -10,7 +9,17 @@
 
 namespace fusebn {
 
-#define FUSEBN_DECLARE(target)                                                                    \
+// The targets of this build, best first: `each(namespace, name, whether this machine runs it)`.
+#ifdef __x86_64__
+#define FUSEBN_TARGETS(each)                                                                   \
+  each(x86_64_v4, "x86-64-v4", __builtin_cpu_supports("x86-64-v4"))                            \
+  each(x86_64_v3, "x86-64-v3", __builtin_cpu_supports("x86-64-v3"))                            \
+  each(x86_64_v2, "x86-64-v2", true)
+#else
+#define FUSEBN_TARGETS(each) each(baseline, "baseline", true)
+#endif
+
+#define FUSEBN_DECLARE(target, name, runs)                                                        \
   namespace target {                                                                              \
   template <class T>                                                                              \
   double moments(const T*, Block, const Stat<T>*, double*, double*, Executor&);                   \
@@ -26,62 +35,52 @@ namespace fusebn {
   template <class T>                                                                              \
   constexpr Verbs<T> kVerbs{moments<T>, normalize<T>, backward_sums<T>, backward<T>};             \
   }
-
-#ifdef __x86_64__
-FUSEBN_DECLARE(x86_64_v4)
-FUSEBN_DECLARE(x86_64_v3)
-FUSEBN_DECLARE(x86_64_v2)
-#else
-FUSEBN_DECLARE(baseline)
-#endif
+FUSEBN_TARGETS(FUSEBN_DECLARE)
 
 namespace {
 
-// The names of the targets this machine runs, best first, ending in null.
+#define FUSEBN_NAME(target, name, runs) name,
+#define FUSEBN_VERBS(target, name, runs) &target::kVerbs<T>,
+#define FUSEBN_FLOOR(target, name, runs) target::floor,
+
+constexpr const char* kNames[] = {FUSEBN_TARGETS(FUSEBN_NAME)};
+constexpr int kTargets = sizeof kNames / sizeof *kNames;
+
+// The names of the targets that this machine runs, ending in null.
 struct Available {
-  const char* names[4] = {};
+  const char* names[kTargets + 1] = {};
 
   Available() {
     int n = 0;
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4")) names[n++] = "x86-64-v4";
-    if (__builtin_cpu_supports("x86-64-v3")) names[n++] = "x86-64-v3";
-    names[n++] = "x86-64-v2";
-#else
-    names[n++] = "baseline";
 #endif
+#define FUSEBN_ADD(target, name, runs) \
+  if (runs) names[n++] = name;
+    FUSEBN_TARGETS(FUSEBN_ADD)
   }
 };
 
+int index_of(const char* name) {
+  int i = 0;
+  while (std::strcmp(kNames[i], name) != 0) ++i;
+  return i;
+}
+
 const Available available;
-std::atomic<const char*> chosen{available.names[0]};
+std::atomic<int> chosen{index_of(available.names[0])};
 
 }  // namespace
 
 template <class T>
 const Verbs<T>& verbs() {
-#ifdef __x86_64__
-  switch (chosen.load(std::memory_order_relaxed)[sizeof "x86-64-v" - 1]) {
-    case '4': return x86_64_v4::kVerbs<T>;
-    case '3': return x86_64_v3::kVerbs<T>;
-    default: return x86_64_v2::kVerbs<T>;
-  }
-#else
-  return baseline::kVerbs<T>;
-#endif
+  static constexpr const Verbs<T>* kAll[] = {FUSEBN_TARGETS(FUSEBN_VERBS)};
+  return *kAll[chosen.load(std::memory_order_relaxed)];
 }
 
 void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Executor& executor) {
-#ifdef __x86_64__
-  switch (chosen.load(std::memory_order_relaxed)[sizeof "x86-64-v" - 1]) {
-    case '4': return x86_64_v4::floor(kind, a, b, out, n, executor);
-    case '3': return x86_64_v3::floor(kind, a, b, out, n, executor);
-    default: return x86_64_v2::floor(kind, a, b, out, n, executor);
-  }
-#else
-  return baseline::floor(kind, a, b, out, n, executor);
-#endif
+  static constexpr decltype(&floor) kAll[] = {FUSEBN_TARGETS(FUSEBN_FLOOR)};
+  kAll[chosen.load(std::memory_order_relaxed)](kind, a, b, out, n, executor);
 }
 
 namespace {
@@ -99,12 +98,12 @@ template const Verbs<double>& verbs<double>();
 
 const char* const* instruction_sets() { return available.names; }
 
-const char* instruction_set() { return chosen.load(std::memory_order_relaxed); }
+const char* instruction_set() { return kNames[chosen.load(std::memory_order_relaxed)]; }
 
 bool choose_instruction_set(const char* name) {
   for (const char* const* known = available.names; *known; ++known)
     if (std::strcmp(*known, name) == 0) {
-      chosen.store(*known, std::memory_order_relaxed);
+      chosen.store(index_of(*known), std::memory_order_relaxed);
       return true;
     }
   return false;
