@@ -47,11 +47,13 @@ class Layout(NamedTuple):
         """Say whether `memory` would return the array without a copy."""
         return is_dense(array if self.order is None else array.transpose(self.order))
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Return an uninitialized array of that shape that lies so."""
+    def empty_like(self, x: Array) -> Array:
+        """Return an uninitialized array of the shape and dtype of x that lies so."""
         if self.order is None:
-            return memory.empty(shape, dtype)
-        in_order = memory.empty(tuple(shape[axis] for axis in self.order), dtype)
+            if x.nbytes < memory.LEAST:  # what `empty` would do, on the shortest way
+                return np.empty(x.shape, x.dtype)
+            return memory.empty(x.shape, x.dtype)
+        in_order = memory.empty(tuple(x.shape[axis] for axis in self.order), x.dtype)
         return in_order.transpose(np.argsort(self.order))
 
     def channel_vector(self, array: Array, dtype: np.dtype[Any]) -> Array:
@@ -73,8 +75,13 @@ class Layout(NamedTuple):
 def layout_of_axis(x: Array, axis: int) -> Layout:
     """Return the layout of x with one channel axis; only the order of its memory is kept."""
     if x.flags.c_contiguous:
-        return _layout(x.shape, tuple(range(x.ndim)), (axis,))
+        return _layout_in_c_order(x.shape, axis)
     return layout_of_axes(x, (axis,))
+
+
+@lru_cache(maxsize=256)  # a network calls with the same few shapes again and again
+def _layout_in_c_order(shape: tuple[int, ...], axis: int) -> Layout:
+    return _layout(shape, tuple(range(len(shape))), (axis,))
 
 
 def layout_of_axes(x: Array, channel_axes: tuple[int, ...]) -> Layout:
@@ -93,7 +100,7 @@ def layout_of_axes(x: Array, channel_axes: tuple[int, ...]) -> Layout:
     return _layout(x.shape, tuple(order), channel_axes)
 
 
-@lru_cache(maxsize=256)  # a network calls with the same few shapes again and again
+@lru_cache(maxsize=256)
 def _layout(
     shape: tuple[int, ...], order: tuple[int, ...], channel_axes: tuple[int, ...]
 ) -> Layout:

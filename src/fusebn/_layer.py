@@ -236,7 +236,7 @@ class BatchNorm:
         apart = update and (not training or self.nonfinite == "raise")
         # Statistics that may refuse the batch, or are not those that normalize it, come first.
         batch = self._statistics(x, axis, weights) if apart else None
-        result = _numpy.forward(
+        result, normalizers, count = _numpy.forward(
             name,
             x,
             self.scale,
@@ -254,10 +254,10 @@ class BatchNorm:
             out,
             keep_batch=True,
         )
-        assert result.batch is not None
-        mean, variance = result.batch
+        assert normalizers is not None
+        mean, variance = normalizers[0], normalizers[1]
         if update:
-            self._update(*(batch or (result.total_weight, mean, variance)))
+            self._update(*(batch or (count, mean, variance)))
         overwritten = out is not None and np.may_share_memory(out, x)
         self._last = _Call(x, mean, variance, training, residual, weights, overwritten)
         return result.y
@@ -280,11 +280,10 @@ class BatchNorm:
         """Mix the batch's mean and biased variance into the moving ones."""
         if count == 0:
             return
-        if count > self.correction:
-            variance = variance * (count / (count - self.correction))
+        unbiased = count / (count - self.correction) if count > self.correction else 1
         factor = _moving.factor(self._decay, self.num_updates + 1, self.zero_debias)
         new_mean = _moving.mix(self.moving_mean, mean, factor)
-        new_variance = _moving.mix(self.moving_variance, variance, factor)
+        new_variance = _moving.mix(self.moving_variance, variance, factor, unbiased)
         if self.nonfinite == "skip":
             finite = np.isfinite(mean) & np.isfinite(variance)
             new_mean = np.where(finite, new_mean, self.moving_mean)

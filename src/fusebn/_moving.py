@@ -27,9 +27,11 @@ def factor(decay: float | None, update: int, zero_debias: bool = False) -> float
     return (1 - decay) / (1 - decay**update) if zero_debias else 1 - decay
 
 
-def mix(old: NDArray[Any], value: NDArray[Any], factor: float) -> NDArray[np.float64]:
-    """Return the average after an update, in float64."""
-    mixed: NDArray[np.float64] = (1 - factor) * old.astype(np.float64) + factor * value
+def mix(
+    old: NDArray[Any], value: NDArray[Any], factor: float, scale: float = 1
+) -> NDArray[np.float64]:
+    """Return the average after an update by scale * value, in float64."""
+    mixed: NDArray[np.float64] = (1 - factor) * old.astype(np.float64) + (factor * scale) * value
     return mixed
 
 

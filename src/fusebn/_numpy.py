@@ -102,10 +102,11 @@ def _vector(
 ) -> Array | None:
     if value is None:
         return None
-    if type(value) is np.ndarray and value.dtype == dtype and is_dense(value):
-        vector = value
-    else:
-        vector = _parameter(operation, argument, value, dtype)
+    # What nearly every call brings, on the shortest way.
+    if type(value) is np.ndarray and value.dtype == dtype and value.shape == (channels,):
+        if is_dense(value):
+            return value
+    vector = _parameter(operation, argument, value, dtype)
     if vector.shape != (channels,):
         _spec.channel_vector(operation, argument, vector.shape, channels, shape)
     return vector
@@ -161,17 +162,24 @@ def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
     _spec.same_shape(operation, "out", out.shape, x.shape)
     if not out.flags.writeable:
         _spec.fail(ValueError, operation, "out", "be writeable", "a read-only array")
-    in_place = out is x or (out.strides == x.strides and out.ctypes.data == x.ctypes.data)
-    if not in_place and _overlap(out, x):
-        expected = "be x itself or share no memory with it"
-        fix = "Pass out=x to work in place, or a fresh array."
-        _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it", fix)
+    if out is not x and _overlap(out, x):
+        if out.strides != x.strides or _address(out) != _address(x):
+            expected = "be x itself or share no memory with it"
+            fix = "Pass out=x to work in place, or a fresh array."
+            _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it", fix)
     if residual is not None and _overlap(out, residual):
         expected = "share no memory with residual"
         _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it")
 
 
+def _address(array: Array) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
 def _overlap(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):  # compares bounds: quick, and true too often
+        return False
     try:
         return np.shares_memory(a, b, max_work=1000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
@@ -179,16 +187,6 @@ def _overlap(a: Array, b: Array) -> bool:
 
 
 # ---- the fused functions ----
-
-
-class Forward(NamedTuple):
-    """The result of `forward`, with what backward needs."""
-
-    y: Array
-    mean: Array
-    variance: Array
-    batch: Array | None  # the mean and biased variance that normalized x, in float64: [2, channels]
-    total_weight: float  # the batch's count; 0 outside training
 
 
 def forward(
@@ -208,8 +206,12 @@ def forward(
     correction: Any,
     out: Any,
     keep_batch: bool,
-) -> Forward:
-    """Do what :func:`fusebn.fused_batch_norm` and :class:`fusebn.BatchNorm` share."""
+) -> tuple[FusedBatchNorm, Array | None, float]:
+    """Do what :func:`fusebn.fused_batch_norm` and :class:`fusebn.BatchNorm` share.
+
+    Returns the result; where `keep_batch`, the mean and biased variance that normalized x, in
+    float64, as one array [2, channels]; and the batch's count, 0 outside training.
+    """
     code, stat = _ELEMENTS[x.dtype]
     shape, dtype = x.shape, x.dtype
     channels = shape[axis]
@@ -231,7 +233,7 @@ def forward(
     if out is not None:
         _output(operation, out, x, residual)
 
-    y = out if out is not None and layout.lies_so(out) else layout.empty(shape, dtype)
+    y = out if out is not None and layout.lies_so(out) else layout.empty_like(x)
     mean_out, variance_out = np.empty(channels, stat), np.empty(channels, stat)
     batch = np.empty((2, channels)) if keep_batch else None
     count = _core.forward(
@@ -261,7 +263,7 @@ def forward(
     if out is not None and y is not out:
         out[...] = y
         y = out
-    return Forward(y, mean_out, variance_out, batch, count)
+    return FusedBatchNorm(y, mean_out, variance_out), batch, count
 
 
 def fused_batch_norm(
@@ -285,7 +287,7 @@ def fused_batch_norm(
     """See :func:`fusebn.fused_batch_norm`."""
     operation = "fused_batch_norm"
     x = array_of(operation, "x", x)
-    result = forward(
+    result, _, _ = forward(
         operation,
         x,
         scale,
@@ -303,7 +305,7 @@ def fused_batch_norm(
         out,
         keep_batch=False,
     )
-    return FusedBatchNorm(result.y, result.mean, result.variance)
+    return result
 
 
 def gradient(
@@ -351,8 +353,8 @@ def gradient(
     if residual is not None:
         residual = _like_x(operation, "residual", residual, x)
 
-    dx = layout.empty(shape, dtype)
-    dresidual = None if residual is None else layout.empty(shape, dtype)
+    dx = layout.empty_like(x)
+    dresidual = None if residual is None else layout.empty_like(x)
     dscale = None if scale is None else np.empty(channels, stat)
     doffset = None if offset is None else np.empty(channels, stat)
     _core.gradient(

@@ -19,7 +19,7 @@ from fusebn import _core, _spec
 __all__ = ["empty", "empty_cache", "set_limit", "stats"]
 
 # Below this the C library recycles by itself, and a huge page would be mostly waste.
-_LEAST = 1 << 20
+LEAST = 1 << 20
 
 
 def empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
@@ -39,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]
     """
     dtype = np.dtype(dtype)
     size = prod(shape) * dtype.itemsize
-    if size < _LEAST or not _core.pool_limit():
+    if size < LEAST or not _core.pool_limit():
         return np.empty(shape, dtype)
     return _core.empty(size).view(dtype).reshape(shape)
 
