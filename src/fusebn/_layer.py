@@ -260,7 +260,7 @@ class BatchNorm:
             self._update(*(batch or (count, mean, variance)))
         overwritten = out is not None and np.may_share_memory(out, x)
         self._last = _Call(x, mean, variance, training, residual, weights, overwritten)
-        return result.y
+        return result.y  # type: ignore[no-any-return]
 
     def _statistics(self, x: Array, axis: int, weights: Any) -> tuple[float, Array, Array]:
         axes = tuple(a for a in range(x.ndim) if a != axis)

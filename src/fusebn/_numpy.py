@@ -103,9 +103,9 @@ def _vector(
     if value is None:
         return None
     # What nearly every call brings, on the shortest way.
-    if type(value) is np.ndarray and value.dtype == dtype and value.shape == (channels,):
-        if is_dense(value):
-            return value
+    plain = type(value) is np.ndarray and value.dtype == dtype and value.shape == (channels,)
+    if plain and is_dense(value):
+        return value  # type: ignore[no-any-return]
     vector = _parameter(operation, argument, value, dtype)
     if vector.shape != (channels,):
         _spec.channel_vector(operation, argument, vector.shape, channels, shape)
@@ -162,19 +162,18 @@ def _output(operation: str, out: Any, x: Array, residual: Array | None) -> None:
     _spec.same_shape(operation, "out", out.shape, x.shape)
     if not out.flags.writeable:
         _spec.fail(ValueError, operation, "out", "be writeable", "a read-only array")
-    if out is not x and _overlap(out, x):
-        if out.strides != x.strides or _address(out) != _address(x):
-            expected = "be x itself or share no memory with it"
-            fix = "Pass out=x to work in place, or a fresh array."
-            _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it", fix)
+    if out is not x and _overlap(out, x) and not _same_memory(out, x):
+        expected = "be x itself or share no memory with it"
+        fix = "Pass out=x to work in place, or a fresh array."
+        _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it", fix)
     if residual is not None and _overlap(out, residual):
         expected = "share no memory with residual"
         _spec.fail(ValueError, operation, "out", expected, "a view that overlaps it")
 
 
-def _address(array: Array) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
+def _same_memory(a: Array, b: Array) -> bool:
+    """Say whether two arrays of one shape and dtype are the same elements of the same memory."""
+    return a.strides == b.strides and a.ctypes.data == b.ctypes.data
 
 
 def _overlap(a: Array, b: Array) -> bool:
@@ -213,7 +212,7 @@ def forward(
     float64, as one array [2, channels]; and the batch's count, 0 outside training.
     """
     code, stat = _ELEMENTS[x.dtype]
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     channels = shape[axis]
     if _spec.statistics_given(operation, training, factor, mean is not None, variance is not None):
         mean = _vector(operation, "mean", mean, stat, channels, shape)
@@ -327,7 +326,7 @@ def gradient(
 ) -> FusedBatchNormGrad:
     """Do what :func:`fusebn.fused_batch_norm_grad` and :class:`fusebn.BatchNorm` share."""
     code, stat = _ELEMENTS[x.dtype]
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     channels = shape[axis]
     dy = _like_x(operation, "dy", dy, x)
     for name, value in (("mean", mean), ("variance", variance)):
@@ -597,7 +596,7 @@ def _normalize(
         own = array.reshape(full[name]).squeeze(others)
         vectors[name] = layout.channel_vector(np.broadcast_to(own, channel_shape), stat)
     mean, variance, offset, scale = vectors.values()
-    y = layout.empty(shape, x.dtype)
+    y = layout.empty_like(x)
     count = _core.forward(
         code,
         layout.outer,
