@@ -22,6 +22,7 @@ namespace {
 template <class T, Activation A>
 struct Sums {
   using S = Stat<T>;
+  static constexpr bool kWide = sizeof(T) == sizeof(S);
   using V = Vec<S>;
   struct Constants {
     V m, a, b;

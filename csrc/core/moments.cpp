@@ -52,6 +52,7 @@ void read_position(const T* x, Block b, int64_t p, int64_t c0, int64_t c1, Stat<
 template <class T>
 struct Sums {
   using S = Stat<T>;
+  static constexpr bool kWide = sizeof(T) == sizeof(S);
   using V = Vec<S>;
   struct Constants {
     V origin;

@@ -46,10 +46,9 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-// Of reduce_rows: rows in a band, vectors in a tile, and how many rows ahead memory is asked for.
-// 4 to 16 rows, 4 or 8 vectors measure alike; 4 vectors leave AVX2 with registers to spare.
-inline constexpr int64_t kBand = 8;
-inline constexpr int kTile = 4;
+// Of reduce_rows: how many rows ahead memory is asked for, and from how many bytes on a row of floats
+// is long: see there.
+inline constexpr int64_t kLongRow = 1024;
 inline constexpr int64_t kRowsAhead = 16;
 // Of reduce_planes: how many elements ahead, and from how many on a plane has four sums a lane.
 inline constexpr int64_t kPlaneAhead = 1024;
@@ -101,49 +100,55 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t left, int64_t longe
 //                               adds the terms of the elements e.. at the position p (rows), or at
 //                               the positions p.. (planes), to u and v; dead lanes are ignored
 //   join(c, n, u, v)            the run's sums of the channels c .. c + n
-template <class S, int tile, class K, class L>
-FUSEBN_INLINE void reduce_tile(K& kernel, Block b, int64_t p, int64_t n, int64_t c, L lanes, S* to_u,
-                               S* to_v) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  Vec<S> u[tile], v[tile];
-  typename K::Constants k[tile];
-  for (int j = 0; j < tile; ++j) {
-    u[j] = load(to_u + j * kLanes, Full{});
-    v[j] = load(to_v + j * kLanes, Full{});
-    k[j] = kernel.constants(c + j * kLanes, lanes);
-  }
-  for (int64_t r = p; r < p + n; ++r)
-    for (int j = 0; j < tile; ++j) {
-      const int64_t e = r * b.channels + c + j * kLanes;
-      kernel.prefetch(e + kRowsAhead * b.channels);
-      kernel.template terms<true>(e, r, k[j], lanes, u[j], v[j]);
-    }
-  for (int j = 0; j < tile; ++j) {
-    store(to_u + j * kLanes, u[j], Full{});
-    store(to_v + j * kLanes, v[j], Full{});
-  }
-}
-
-// A band of rows is read tile by tile, so that the sums stay in registers. The hardware does not
-// foresee that order (a tile is 256 bytes of every row, and rows are often a power of two apart), so
-// each vector asks for the one two bands below it, into L2: in L1 those rows would collide.
+//   kWide                       whether an element is as wide as a lane
+//
+// A band of rows is read tile by tile, so that the sums stay in registers for a while. The hardware
+// does not foresee that order (a tile is some 256 bytes of every row, and rows are often a power of two
+// apart), so each vector asks for the one kRowsAhead below it, into L2: in L1 those rows would collide.
+//
+// Where the rows are long and memory is the limit, that order costs half as much again as reading in
+// one stream. There a band is two rows and a tile one vector: two streams, and sums that wait in L1.
 template <class S, class K>
 void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
   constexpr int kLanes = Vec<S>::kLanes;
   S u[kRowGroup + kLanes], v[kRowGroup + kLanes];
   for (int64_t c = 0; c < c1 - c0 + kLanes; ++c) u[c] = v[c] = 0;
-  for (int64_t r = p; r < p + n; r += kBand) {
-    const int64_t rows = least(kBand, p + n - r);
+  int64_t r = p;
+  const K local = kernel;  // see map_rows
+  const auto tile = [&]<int rows, int width>(int64_t c, auto lanes) {
+    Vec<S> sum_u[width], sum_v[width];
+    typename K::Constants k[width];
+    for (int j = 0; j < width; ++j) {
+      const int64_t at = c + j * kLanes;
+      sum_u[j] = load(u + at - c0, Full{});
+      sum_v[j] = load(v + at - c0, Full{});
+      k[j] = local.constants(at, lanes);
+    }
+    // One load instruction a stream: by it the hardware tells them apart.
+#pragma GCC unroll 1
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < width; ++j) {
+        const int64_t e = (r + i) * b.channels + c + j * kLanes;
+        local.prefetch(e + kRowsAhead * b.channels);
+        local.template terms<true>(e, r + i, k[j], lanes, sum_u[j], sum_v[j]);
+      }
+    for (int j = 0; j < width; ++j) {
+      store(u + c + j * kLanes - c0, sum_u[j], Full{});
+      store(v + c + j * kLanes - c0, sum_v[j], Full{});
+    }
+  };
+  const auto band = [&]<int rows, int width>() {
     int64_t c = c0;
-    const auto tile = [&]<int width>(auto lanes) {
-      const int64_t at = c - c0;
-      reduce_tile<S, width>(kernel, b, r, rows, c, lanes, u + at, v + at);
-      c += width * kLanes;
-    };
-    while (c + kTile * kLanes <= c1) tile.template operator()<kTile>(Full{});
-    while (c + kLanes <= c1) tile.template operator()<1>(Full{});
-    if (c < c1) tile.template operator()<1>(Part{c1 - c});
-  }
+    for (; c + width * kLanes <= c1; c += width * kLanes)
+      tile.template operator()<rows, width>(c, Full{});
+    for (; c + kLanes <= c1; c += kLanes) tile.template operator()<rows, 1>(c, Full{});
+    if (c < c1) tile.template operator()<rows, 1>(c, Part{c1 - c});
+    r += rows;
+  };
+  if (K::kWide && b.channels * int64_t(sizeof(S)) >= kLongRow)
+    while (r + 2 <= p + n) band.template operator()<2, 1>();
+  while (r + 8 <= p + n) band.template operator()<8, 4>();
+  while (r < p + n) band.template operator()<1, 4>();
   kernel.join(c0, c1 - c0, u, v);
 }
 
