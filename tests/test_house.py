@@ -3,11 +3,13 @@
 import ast
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import fusebn
+from fusebn import _numpy
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "fusebn"
@@ -23,21 +25,49 @@ ARROWS = {
         "memory",
         "_layer",
         "_moments",
-        "_numpy",
+        "_results",
         "_store",
     },
     "__main__": {"cli"},
     "_store": {"_layer", "_spec"},
-    "_layer": {"_moving", "_numpy", "_spec"},
+    "_layer": {"_moving", "_numpy", "_results", "_spec"},
     "_moments": {"_numpy", "_spec"},
-    "_numpy": {"_blocks", "_core", "_moving", "_spec"},
+    "_numpy": {"_blocks", "_core", "_moving", "_results", "_spec"},
     "_dispatch": {"_spec"},
     "_moving": {"_spec"},
     "_info": {"_core"},
     "_blocks": {"memory"},
     "memory": {"_core", "_spec"},
+    "_results": set(),
     "_spec": set(),
     "_reference": set(),
+}
+# The same for adapters that are folders: of their own modules, and of fusebn's.
+ADAPTER_ARROWS = {
+    "tensorflow": {
+        "__init__": {"_ops", "_spec", "layers", "moving_averages", "nn"},
+        "layers": {
+            "_arguments",
+            "_autograph",
+            "_batch_norm",
+            "_functions",
+            "_ops",
+            "_renorm",
+            "_spec",
+            "_variables",
+        },
+        "nn": {"_autograph", "_functions", "_results", "_spec"},
+        "_arguments": {"_functions", "_spec"},
+        "_batch_norm": {"_functions", "_groups", "_renorm", "moving_averages"},
+        "_functions": {"_autograph", "_ops", "_portable", "_results", "_spec", "moving_averages"},
+        "_renorm": {"_variables", "moving_averages"},
+        "moving_averages": {"_autograph", "_spec", "_variables"},
+        "_ops": {"_core", "_portable"},
+        "_portable": set(),
+        "_groups": set(),
+        "_variables": {"_spec"},
+        "_autograph": set(),
+    },
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
 
@@ -60,8 +90,10 @@ def own_imports(path: Path) -> set[str]:
     for name in imports_of(path):
         package, _, rest = name.partition(".")
         if package == "fusebn" and rest:
-            own.add(rest.partition(".")[0])
-    modules = {p.stem for p in SOURCE.glob("*.py*")} | {p.name for p in SOURCE.iterdir()}
+            own.add(rest.removeprefix(f"{path.parent.name}.").partition(".")[0])
+    folders = {SOURCE, path.parent}
+    modules = {p.stem for folder in folders for p in folder.glob("*.py*")}
+    modules |= {p.name for p in SOURCE.iterdir()} - {path.parent.name}
     return own & modules
 
 
@@ -69,6 +101,19 @@ def own_imports(path: Path) -> set[str]:
 def test_arrows_point_down(path):
     assert path.stem in ARROWS, f"{path.name} has no place in the house: give it one here"
     assert own_imports(path) <= ARROWS[path.stem]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for adapter in ADAPTER_ARROWS for path in sorted((SOURCE / adapter).glob("*.py"))],
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
+)
+def test_arrows_point_down_in_an_adapter(path):
+    arrows = ADAPTER_ARROWS[path.parent.name]
+    assert path.stem in arrows, f"{path.name} has no place in the house: give it one here"
+    assert own_imports(path) <= arrows[path.stem]
+    packages = {name.partition(".")[0] for name in imports_of(path)}
+    assert packages & FRAMEWORKS <= {path.parent.name}
 
 
 def test_the_command_line_uses_public_names_only():
@@ -113,12 +158,13 @@ def test_public_names_are_sorted_documented_and_shown():
             assert "Examples\n--------" in text, name
 
 
-def test_functions_take_what_their_adapter_takes():
-    from fusebn import _numpy
-
+@pytest.mark.parametrize("module", ["_numpy", "tensorflow._functions"])
+def test_functions_take_what_their_adapter_takes(module):
+    adapter_module = import_module(f"fusebn.{module}")
+    assert adapter_module.__all__ == _numpy.__all__
     for name in _numpy.__all__:
         public = inspect.signature(getattr(fusebn, name)).parameters
-        adapter = inspect.signature(getattr(_numpy, name)).parameters
+        adapter = inspect.signature(getattr(adapter_module, name)).parameters
         shared = [p for p in adapter if p != "operation"]
         assert list(public) == shared, name
         for parameter in public:
@@ -127,6 +173,7 @@ def test_functions_take_what_their_adapter_takes():
 
 def test_names_of_files_stand_in_the_map():
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for path in [*SOURCE.glob("_*.py"), *(KERNELS / "core").iterdir()]:
+    modules = [*SOURCE.glob("_*.py"), *(SOURCE / "tensorflow").glob("*.py")]
+    for path in [*modules, *(KERNELS / "core").iterdir(), *(KERNELS / "bindings").iterdir()]:
         if path.stem not in {"__init__", "__main__"}:
             assert path.stem in text, f"{path.name} is not in ARCHITECTURE.md"

@@ -125,10 +125,14 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                  .weights = weights.as<S>(),
                  .dmean = dmean.as<S>(),
                  .dvariance = dvariance.as<S>(),
+                 .correction = 0,
+                 .factor = 1,
                  .dx = dx.as<T>(),
                  .dresidual = dresidual.as<T>(),
                  .dscale = dscale.as<S>(),
-                 .doffset = doffset.as<S>()},
+                 .doffset = doffset.as<S>(),
+                 .dgiven_mean = nullptr,
+                 .dgiven_variance = nullptr},
                 pool());
   });
 }

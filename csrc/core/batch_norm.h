@@ -19,6 +19,9 @@
 #include "half.h"
 #include "parallel.h"
 
+// What the shared library shows; it hides all else. The pragma does not reach templates.
+#define FUSEBN_API __attribute__((visibility("default")))
+#pragma GCC visibility push(default)
 namespace fusebn {
 
 struct Block {
@@ -80,7 +83,7 @@ struct Verbs {
 
 // The verbs compiled for the chosen instruction set.
 template <class T>
-const Verbs<T>& verbs();
+FUSEBN_API const Verbs<T>& verbs();
 
 // What the memory allows: see floors.cpp. Arrays of n floats, 64-byte aligned; n a multiple of 16.
 enum class Floor { read, copy, stream, read2, copy2, stream2 };
@@ -125,9 +128,16 @@ struct Forward {
 // has no statistics: NaN is returned for them (the given ones where factor is not 1), and y is
 // activation(offset + residual).
 template <class T>
-double forward(const Forward<T>&, Executor&);
+FUSEBN_API double forward(const Forward<T>&, Executor&);
 
 // gradient: backward_sums, what lies between, backward.
+//
+// dmean and dvariance are what flows into the statistics that forward returned, so `correction` and
+// `factor` are forward's; 0 and 1 say that they flow into the batch's own mean and biased variance.
+// The given statistics have gradients of their own, added to what passes through to the returned:
+//   not training: dgiven_mean = dmean - scale * rstd * sum_g
+//                 dgiven_variance = dvariance - scale * rstd^3 / 2 * sum_g_x
+//   training:     (1 - factor) * dmean, (1 - factor) * dvariance
 template <class T>
 struct Gradient {
   Block block;
@@ -136,15 +146,20 @@ struct Gradient {
   bool training;
   Normalization<T> normalization;
   const Stat<T>* weights;
-  const Stat<T>* dmean;
+  const Stat<T>* dmean;     // null is 0
   const Stat<T>* dvariance;
+  double correction;
+  double factor;
   T* dx;
-  T* dresidual;       // null: not wanted
-  Stat<T>* dscale;    // null: not wanted
-  Stat<T>* doffset;   // null: not wanted
+  T* dresidual;     // null: not wanted
+  Stat<T>* dscale;  // null: not wanted, as all that follow
+  Stat<T>* doffset;
+  Stat<T>* dgiven_mean;
+  Stat<T>* dgiven_variance;
 };
 
 template <class T>
-void gradient(const Gradient<T>&, Executor&);
+FUSEBN_API void gradient(const Gradient<T>&, Executor&);
 
 }  // namespace fusebn
+#pragma GCC visibility pop

@@ -1,7 +1,7 @@
 // fused.cpp: forward and gradient, the two compositions of the four verbs.
 //
 //   forward:   moments -> the statistics returned -> normalize
-//   gradient:  backward_sums -> dscale, doffset -> backward
+//   gradient:  backward_sums -> dscale, doffset, those of the given statistics -> backward
 //
 // What lies between is arithmetic on vectors of [channels], in double, rounded once when stored.
 #include <cmath>
@@ -23,6 +23,14 @@ constexpr double kNoVariance = std::numeric_limits<double>::infinity();
 template <class S>
 void widen(const S* from, int64_t n, double* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = double(from[i]);
+}
+
+// Returns factor * from, in `to` where it is another.
+template <class S>
+const S* scaled(const S* from, double factor, int64_t n, S* to) {
+  if (!from || factor == 1) return from;
+  for (int64_t i = 0; i < n; ++i) to[i] = S(factor * double(from[i]));
+  return to;
 }
 
 }  // namespace
@@ -101,15 +109,33 @@ void gradient(const Gradient<T>& f, Executor& executor) {
   }
 
   const bool through_statistics = f.training && count > 0;
-  if (through_statistics || f.dscale || f.doffset)
+  const bool into_given = !f.training && (f.dgiven_mean || f.dgiven_variance);
+  if (through_statistics || into_given || f.dscale || f.doffset)
     verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x, executor);
+  // The share of the given statistics in the returned ones.
+  const double kept = !f.training ? 1 : count > 0 || f.factor == 1 ? 1 - f.factor : 1;
   for (int64_t c = 0; c < channels; ++c) {
     const double variance = normalization.variance[c] + normalization.epsilon;
     const double rstd = variance == 0 ? 0 : 1 / std::sqrt(variance);
     if (f.dscale) f.dscale[c] = S(rstd * sum_g_x[c]);
     if (f.doffset) f.doffset[c] = S(sum_g[c]);
+    const double slope = (normalization.scale ? double(normalization.scale[c]) : 1) * rstd;
+    if (f.dgiven_mean) {
+      const double direct = into_given ? slope * sum_g[c] : 0;
+      f.dgiven_mean[c] = S(kept * (f.dmean ? double(f.dmean[c]) : 0) - direct);
+    }
+    if (f.dgiven_variance) {
+      const double direct = into_given ? slope * rstd * rstd / 2 * sum_g_x[c] : 0;
+      f.dgiven_variance[c] = S(kept * (f.dvariance ? double(f.dvariance[c]) : 0) - direct);
+    }
   }
-  const StatisticsGradient<T> statistics{count, sum_g, sum_g_x, f.dmean, f.dvariance};
+
+  // Of what flows into the returned statistics, this much flows on into the batch's.
+  const double unbiased = count > f.correction ? count / (count - f.correction) : 1;
+  std::unique_ptr<S[]> flows(new S[2 * channels]);
+  const StatisticsGradient<T> statistics{
+      count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, flows.get()),
+      scaled(f.dvariance, f.factor * unbiased, channels, flows.get() + channels)};
   verbs<T>().backward(f.dy, f.x, f.block, normalization, through_statistics ? &statistics : nullptr,
                       f.weights, f.dx, f.dresidual, executor);
 }

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#pragma GCC visibility push(default)
 namespace fusebn {
 
 struct float16 {
@@ -13,3 +14,4 @@ struct bfloat16 {
 };
 
 }  // namespace fusebn
+#pragma GCC visibility pop

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 
+#pragma GCC visibility push(default)
 namespace fusebn {
 
 struct PoolStatistics {
@@ -25,3 +26,4 @@ void set_pool_limit(int64_t bytes);  // what waits beyond it is returned to the 
 void empty_pool();
 
 }  // namespace fusebn
+#pragma GCC visibility pop

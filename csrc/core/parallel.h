@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#pragma GCC visibility push(default)
 namespace fusebn {
 
 // A callable of one index, borrowed for the time of a call.
@@ -37,3 +38,4 @@ int get_num_threads();
 void set_num_threads(int count);
 
 }  // namespace fusebn
+#pragma GCC visibility pop

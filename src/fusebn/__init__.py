@@ -18,7 +18,7 @@ from fusebn._info import info as _info
 from fusebn._info import physical_memory as _physical_memory
 from fusebn._layer import BatchNorm
 from fusebn._moments import Moments
-from fusebn._numpy import FusedBatchNorm, FusedBatchNormGrad
+from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
 from fusebn._store import load as _load
 from fusebn._store import save as _save
 

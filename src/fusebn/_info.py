@@ -1,6 +1,7 @@
 """`info`: what runs here, and why."""
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ _SUPPORT = {
     "torch": "none in this version",
     "jax": "none in this version",
     "keras": "none in this version",
-    "tensorflow": "none in this version",
+    "tensorflow": "native op and composite; `import fusebn.tensorflow` tells which, and why",
 }
 
 # tensorflow-cpu and its like install the same package.
@@ -27,6 +28,12 @@ def _version_of(framework: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _support_of(framework: str) -> str:
+    """Return what an adapter says of itself, once it is in use, or else what to expect of it."""
+    adapter = sys.modules.get(f"fusebn.{framework}._ops")
+    return _SUPPORT[framework] if adapter is None else str(adapter.support())
 
 
 def cache_sizes() -> dict[str, int]:
@@ -59,7 +66,6 @@ def info() -> dict[str, Any]:
         "threads": _core.get_num_threads(),
         "caches": cache_sizes(),
         "frameworks": {
-            name: {"version": _version_of(name), "support": support}
-            for name, support in _SUPPORT.items()
+            name: {"version": _version_of(name), "support": _support_of(name)} for name in _SUPPORT
         },
     }

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fusebn import _moving, _numpy, _spec
-from fusebn._numpy import FusedBatchNormGrad
+from fusebn._results import FusedBatchNormGrad
 
 Array = NDArray[Any]
 

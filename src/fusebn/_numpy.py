@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fusebn import _core, _spec
 from fusebn._blocks import is_dense, layout_of_axes, layout_of_axis
 from fusebn._moving import assign_moving_average
+from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
 
 __all__ = [
     "assign_moving_average",
@@ -28,23 +29,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-
-class FusedBatchNorm(NamedTuple):
-    """What :func:`fusebn.fused_batch_norm` returns."""
-
-    y: Any
-    mean: Any
-    variance: Any
-
-
-class FusedBatchNormGrad(NamedTuple):
-    """What :func:`fusebn.fused_batch_norm_grad` returns."""
-
-    dx: Any
-    dscale: Any
-    doffset: Any
-    dresidual: Any
 
 
 # ---- arguments ----

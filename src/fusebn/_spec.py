@@ -251,15 +251,20 @@ def positive_integer(operation: str, argument: str, value: Any, most: int | None
 
 
 def statistics_given(
-    operation: str, training: bool, factor: float, has_mean: bool, has_variance: bool
+    operation: str, training: bool | None, factor: float, has_mean: bool, has_variance: bool
 ) -> bool:
-    """Check that mean and variance come together, and where they are needed; True if they are."""
+    """Check that mean and variance come together, and where they are needed; True if they are.
+
+    `training` is None where it becomes known when a graph runs.
+    """
     if has_mean != has_variance:
         here, missing = ("mean", "variance") if has_mean else ("variance", "mean")
         fail(ValueError, operation, missing, f"be given, since `{here}` is", "None")
     needed = not training or factor != 1
     if needed and not has_mean:
-        why = "with is_training=False" if not training else "with exponential_avg_factor != 1"
+        why = "with exponential_avg_factor != 1"
+        if not training:
+            why = "with is_training=False" if training is False else "where is_training is a tensor"
         fix = (
             "Pass the moving statistics."
             if not training
@@ -267,6 +272,14 @@ def statistics_given(
         )
         fail(ValueError, operation, "mean", f"be given, and `variance`, {why}", "None", fix)
     return needed
+
+
+def missing(user: str, package: str) -> NoReturn:
+    """Raise for a framework that is not installed."""
+    raise ImportError(
+        f"{user} needs {package}, which is not installed. "
+        f"Install it by: pip install 'fusebn[{package}]'"
+    )
 
 
 def unsupported(operation: str, argument: str, x: object) -> NoReturn:
