@@ -20,8 +20,7 @@ struct Affine {
 
   template <class T>
   Affine(const Normalization<T>& n, int64_t c) {
-    const double variance = n.variance[c] + n.epsilon;
-    rstd = variance == 0 ? 0 : 1 / __builtin_sqrt(variance);
+    rstd = rstd_of(n.variance[c], n.epsilon);
     a = n.scale ? double(n.scale[c]) * rstd : rstd;
     m_low = n.mean[c] - double(Stat<T>(n.mean[c]));
   }

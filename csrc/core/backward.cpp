@@ -180,7 +180,7 @@ void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, 
 
 template <class T>
 void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
-              const StatisticsGradient<T>* statistics, const Stat<T>* weights, T* dx, T* dresidual,
+              const StatisticsGradient* statistics, const Stat<T>* weights, T* dx, T* dresidual,
               Executor& executor) {
   using S = Stat<T>;
   if (b.elements() == 0) return;
@@ -192,8 +192,8 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
     double p = 0, q = 0;
     if (training) {
       const auto& s = *statistics;
-      const double dmean = s.dmean ? double(s.dmean[c]) : 0;
-      const double dvariance = s.dvariance ? double(s.dvariance[c]) : 0;
+      const double dmean = s.dmean ? s.dmean[c] : 0;
+      const double dvariance = s.dvariance ? s.dvariance[c] : 0;
       q = (2 * dvariance - affine.a * affine.rstd * affine.rstd * s.sum_g_x[c]) / s.count;
       // a as the lanes have it, so that a batch of one cancels exactly.
       p = (dmean - double(S(affine.a)) * s.sum_g[c]) / s.count - q * affine.m_low;
@@ -215,7 +215,7 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
   template void backward_sums<T>(const T*, const T*, Block, const Normalization<T>&, double*,      \
                                  double*, Executor&);                                              \
   template void backward<T>(const T*, const T*, Block, const Normalization<T>&,                    \
-                            const StatisticsGradient<T>*, const Stat<T>*, T*, T*, Executor&);
+                            const StatisticsGradient*, const Stat<T>*, T*, T*, Executor&);
 FUSEBN_INSTANTIATE(float16)
 FUSEBN_INSTANTIATE(bfloat16)
 FUSEBN_INSTANTIATE(float)

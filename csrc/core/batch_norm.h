@@ -38,6 +38,11 @@ enum class Activation { identity, relu, relu6, leaky_relu, silu, gelu };
 // What normalize does to x:
 //   y = activation((x - mean) * scale * rstd + offset + residual)
 //   rstd = 1 / sqrt(variance + epsilon), and 0 where variance + epsilon is 0
+// (Never a symbol of its own: the kernels may not share one, see simd.h.)
+inline __attribute__((always_inline)) double rstd_of(double variance, double epsilon) {
+  return variance + epsilon == 0 ? 0 : 1 / __builtin_sqrt(variance + epsilon);
+}
+
 template <class T>
 struct Normalization {
   const double* mean;
@@ -50,13 +55,12 @@ struct Normalization {
 };
 
 // What flows back into the statistics of a batch; all of it is [channels].
-template <class T>
 struct StatisticsGradient {
-  double count;                // sum of the weights, n without them
-  const double* sum_g;         // from backward_sums
-  const double* sum_g_x;       // from backward_sums
-  const Stat<T>* dmean;        // gradient of the returned mean; null is 0
-  const Stat<T>* dvariance;    // gradient of the biased variance; null is 0
+  double count;             // sum of the weights, n without them
+  const double* sum_g;      // from backward_sums
+  const double* sum_g_x;    // from backward_sums
+  const double* dmean;      // gradient of the batch's mean; null is 0
+  const double* dvariance;  // gradient of its biased variance; null is 0
 };
 
 // The four verbs, on one element type.
@@ -77,7 +81,7 @@ struct Verbs {
   //      + weight / count * (dmean + 2 * (x - mean) * dvariance)          dresidual = g
   // Without `statistics` mean and variance were given: dx = scale * rstd * g. dresidual may be null.
   void (*backward)(const T* dy, const T* x, Block, const Normalization<T>&,
-                   const StatisticsGradient<T>* statistics, const Stat<T>* weights, T* dx,
+                   const StatisticsGradient* statistics, const Stat<T>* weights, T* dx,
                    T* dresidual, Executor&);
 };
 

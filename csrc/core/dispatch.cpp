@@ -29,7 +29,7 @@ namespace fusebn {
   void backward_sums(const T*, const T*, Block, const Normalization<T>&, double*, double*,        \
                      Executor&);                                                                  \
   template <class T>                                                                              \
-  void backward(const T*, const T*, Block, const Normalization<T>&, const StatisticsGradient<T>*, \
+  void backward(const T*, const T*, Block, const Normalization<T>&, const StatisticsGradient*, \
                 const Stat<T>*, T*, T*, Executor&);                                               \
   void floor(Floor, const float*, const float*, float*, int64_t, Executor&);                      \
   template <class T>                                                                              \

@@ -4,7 +4,6 @@
 //   gradient:  backward_sums -> dscale, doffset, those of the given statistics -> backward
 //
 // What lies between is arithmetic on vectors of [channels], in double, rounded once when stored.
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -20,16 +19,11 @@ constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
 // Statistics nobody gave, for a batch that has none: every x is as good as the mean.
 constexpr double kNoVariance = std::numeric_limits<double>::infinity();
 
+// Returns `to`, filled with factor * from; null if `from` is.
 template <class S>
-void widen(const S* from, int64_t n, double* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = double(from[i]);
-}
-
-// Returns factor * from, in `to` where it is another.
-template <class S>
-const S* scaled(const S* from, double factor, int64_t n, S* to) {
-  if (!from || factor == 1) return from;
-  for (int64_t i = 0; i < n; ++i) to[i] = S(factor * double(from[i]));
+const double* scaled(const S* from, double factor, int64_t n, double* to) {
+  if (!from) return nullptr;
+  for (int64_t i = 0; i < n; ++i) to[i] = factor * double(from[i]);
   return to;
 }
 
@@ -72,8 +66,8 @@ double forward(const Forward<T>& f, Executor& executor) {
       x = f.y;
     }
   } else {
-    widen(f.mean, channels, mean);
-    widen(f.variance, channels, variance);
+    scaled(f.mean, 1, channels, mean);
+    scaled(f.variance, 1, channels, variance);
     for (int64_t c = 0; c < channels; ++c) {
       if (f.mean_out) f.mean_out[c] = f.mean[c];
       if (f.variance_out) f.variance_out[c] = f.variance[c];
@@ -90,7 +84,7 @@ template <class T>
 void gradient(const Gradient<T>& f, Executor& executor) {
   using S = Stat<T>;
   const int64_t channels = f.block.channels, positions = f.block.positions();
-  std::unique_ptr<double[]> scratch(new double[4 * channels]);
+  std::unique_ptr<double[]> scratch(new double[6 * channels]);
   double* const sum_g = scratch.get();
   double* const sum_g_x = sum_g + channels;
 
@@ -115,8 +109,7 @@ void gradient(const Gradient<T>& f, Executor& executor) {
   // The share of the given statistics in the returned ones.
   const double kept = !f.training ? 1 : count > 0 || f.factor == 1 ? 1 - f.factor : 1;
   for (int64_t c = 0; c < channels; ++c) {
-    const double variance = normalization.variance[c] + normalization.epsilon;
-    const double rstd = variance == 0 ? 0 : 1 / std::sqrt(variance);
+    const double rstd = rstd_of(normalization.variance[c], normalization.epsilon);
     if (f.dscale) f.dscale[c] = S(rstd * sum_g_x[c]);
     if (f.doffset) f.doffset[c] = S(sum_g[c]);
     const double slope = (normalization.scale ? double(normalization.scale[c]) : 1) * rstd;
@@ -132,10 +125,10 @@ void gradient(const Gradient<T>& f, Executor& executor) {
 
   // Of what flows into the returned statistics, this much flows on into the batch's.
   const double unbiased = count > f.correction ? count / (count - f.correction) : 1;
-  std::unique_ptr<S[]> flows(new S[2 * channels]);
-  const StatisticsGradient<T> statistics{
-      count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, flows.get()),
-      scaled(f.dvariance, f.factor * unbiased, channels, flows.get() + channels)};
+  double* const dmean = sum_g_x + 3 * channels;
+  const StatisticsGradient statistics{
+      count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, dmean),
+      scaled(f.dvariance, f.factor * unbiased, channels, dmean + channels)};
   verbs<T>().backward(f.dy, f.x, f.block, normalization, through_statistics ? &statistics : nullptr,
                       f.weights, f.dx, f.dresidual, executor);
 }
