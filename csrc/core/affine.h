@@ -16,12 +16,11 @@
 namespace fusebn::FUSEBN_TARGET {
 
 struct Affine {
-  double rstd, a, m_low;  // m_low = mean - m
+  double a, m_low;  // m_low = mean - m
 
   template <class T>
   Affine(const Normalization<T>& n, int64_t c) {
-    rstd = rstd_of(n.variance[c], n.epsilon);
-    a = n.scale ? double(n.scale[c]) * rstd : rstd;
+    a = n.scale ? double(n.scale[c]) * n.rstd[c] : n.rstd[c];
     m_low = n.mean[c] - double(Stat<T>(n.mean[c]));
   }
 

@@ -194,7 +194,7 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
       const auto& s = *statistics;
       const double dmean = s.dmean ? s.dmean[c] : 0;
       const double dvariance = s.dvariance ? s.dvariance[c] : 0;
-      q = (2 * dvariance - affine.a * affine.rstd * affine.rstd * s.sum_g_x[c]) / s.count;
+      q = (2 * dvariance - affine.a * n.rstd[c] * n.rstd[c] * s.sum_g_x[c]) / s.count;
       // a as the lanes have it, so that a batch of one cancels exactly.
       p = (dmean - double(S(affine.a)) * s.sum_g[c]) / s.count - q * affine.m_low;
     }

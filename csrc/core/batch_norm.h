@@ -37,17 +37,10 @@ enum class Activation { identity, relu, relu6, leaky_relu, silu, gelu };
 
 // What normalize does to x:
 //   y = activation((x - mean) * scale * rstd + offset + residual)
-//   rstd = 1 / sqrt(variance + epsilon), and 0 where variance + epsilon is 0
-// (Never a symbol of its own: the kernels may not share one, see simd.h.)
-inline __attribute__((always_inline)) double rstd_of(double variance, double epsilon) {
-  return variance + epsilon == 0 ? 0 : 1 / __builtin_sqrt(variance + epsilon);
-}
-
 template <class T>
 struct Normalization {
   const double* mean;
-  const double* variance;  // the biased one: sum of squared distances / count
-  double epsilon;
+  const double* rstd;  // 1 / sqrt(variance + epsilon), and 0 where variance + epsilon is 0
   const Stat<T>* scale;
   const Stat<T>* offset;
   const T* residual;
@@ -148,8 +141,14 @@ struct Gradient {
   const T* dy;
   const T* x;
   bool training;
-  Normalization<T> normalization;
+  const double* mean;  // what normalized x
+  const double* variance;
   const Stat<T>* weights;
+  const Stat<T>* scale;
+  const Stat<T>* offset;
+  const T* residual;
+  Activation activation;
+  double epsilon;
   const Stat<T>* dmean;     // null is 0
   const Stat<T>* dvariance;
   double correction;

@@ -4,6 +4,8 @@
 //   gradient:  backward_sums -> dscale, doffset, those of the given statistics -> backward
 //
 // What lies between is arithmetic on vectors of [channels], in double, rounded once when stored.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -16,8 +18,17 @@ namespace {
 
 constexpr double kUndefined = std::numeric_limits<double>::quiet_NaN();
 
-// Statistics nobody gave, for a batch that has none: every x is as good as the mean.
-constexpr double kNoVariance = std::numeric_limits<double>::infinity();
+// Scratch: some vectors of [channels].
+class Vectors {
+ public:
+  Vectors(int64_t count, int64_t channels)
+      : channels_(channels), data_(new double[count * channels]) {}
+  double* operator[](int64_t i) { return data_.get() + i * channels_; }
+
+ private:
+  int64_t channels_;
+  std::unique_ptr<double[]> data_;
+};
 
 // Returns `to`, filled with factor * from; null if `from` is.
 template <class S>
@@ -25,6 +36,14 @@ const double* scaled(const S* from, double factor, int64_t n, double* to) {
   if (!from) return nullptr;
   for (int64_t i = 0; i < n; ++i) to[i] = factor * double(from[i]);
   return to;
+}
+
+void to_rstd(const double* variance, double epsilon, int64_t n, double* rstd) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const double shifted = variance[i] + epsilon;
+    rstd[i] = shifted == 0 ? 0 : 1 / std::sqrt(shifted);
+  }
 }
 
 }  // namespace
@@ -36,46 +55,47 @@ double forward(const Forward<T>& f, Executor& executor) {
   if (!f.training || f.factor != 1)
     for (int64_t c = 0; c < channels; ++c)
       if (f.variance[c] < 0) return -1;
-  std::unique_ptr<double[]> statistics(new double[2 * channels]);
-  double* const mean = statistics.get();
-  double* const variance = mean + channels;  // m2, until it is divided
+  Vectors scratch(3, channels);
+  double *const mean = scratch[0], *const variance = scratch[1], *const rstd = scratch[2];
 
   double count = 0;
   const T* x = f.x;
   if (f.training) {
-    count = verbs<T>().moments(x, f.block, f.weights, mean, variance, executor);
+    double* const m2 = variance;
+    count = verbs<T>().moments(x, f.block, f.weights, mean, m2, executor);
     const double unbiased = count > f.correction ? count - f.correction : count;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double m2 = variance[c];
-      variance[c] = count > 0 ? m2 / count : kUndefined;
-      if (count == 0) mean[c] = kUndefined;
-      if (f.batch) f.batch[c] = mean[c], f.batch[channels + c] = variance[c];
-      double returned_mean = mean[c], returned_variance = count > 0 ? m2 / unbiased : kUndefined;
-      if (f.factor != 1) {
-        const double kept = count > 0 ? 1 - f.factor : 1, taken = count > 0 ? f.factor : 0;
-        returned_mean = kept * f.mean[c] + (taken ? taken * returned_mean : 0);
-        returned_variance = kept * f.variance[c] + (taken ? taken * returned_variance : 0);
-      }
-      if (f.mean_out) f.mean_out[c] = S(returned_mean);
-      if (f.variance_out) f.variance_out[c] = S(returned_variance);
-    }
-    if (count == 0) {
-      // y = activation(offset + residual), whatever x holds: normalize zeros, in place.
-      std::memset(static_cast<void*>(f.y), 0, sizeof(T) * f.block.elements());
-      for (int64_t c = 0; c < channels; ++c) mean[c] = 0, variance[c] = kNoVariance;
-      x = f.y;
-    }
+    const double kept = count > 0 ? 1 - f.factor : 1, taken = count > 0 ? f.factor : 0;
+    const auto returned = [&](const S* given, int64_t c, double found) {
+      if (count == 0) found = kUndefined;
+      if (f.factor == 1) return S(found);
+      return S(kept * given[c] + (taken ? taken * found : 0));
+    };
+    if (f.mean_out)
+      for (int64_t c = 0; c < channels; ++c) f.mean_out[c] = returned(f.mean, c, mean[c]);
+    if (f.variance_out)
+      for (int64_t c = 0; c < channels; ++c)
+        f.variance_out[c] = returned(f.variance, c, m2[c] / unbiased);
+    for (int64_t c = 0; c < channels; ++c) variance[c] = count > 0 ? m2[c] / count : kUndefined;
   } else {
     scaled(f.mean, 1, channels, mean);
     scaled(f.variance, 1, channels, variance);
-    for (int64_t c = 0; c < channels; ++c) {
-      if (f.mean_out) f.mean_out[c] = f.mean[c];
-      if (f.variance_out) f.variance_out[c] = f.variance[c];
-      if (f.batch) f.batch[c] = mean[c], f.batch[channels + c] = variance[c];
-    }
+    if (f.mean_out) std::copy_n(f.mean, channels, f.mean_out);
+    if (f.variance_out) std::copy_n(f.variance, channels, f.variance_out);
   }
-  const Normalization<T> normalization{mean,    variance, f.epsilon,   f.scale,
-                                       f.offset, f.residual, f.activation};
+  to_rstd(variance, f.epsilon, channels, rstd);
+  const bool lost = f.training && count == 0;
+  if (f.batch) {
+    std::copy_n(mean, channels, f.batch);
+    if (lost) std::fill_n(f.batch, channels, kUndefined);
+    std::copy_n(variance, channels, f.batch + channels);
+  }
+  if (lost) {
+    // y = activation(offset + residual), whatever x holds: normalize zeros, in place.
+    std::memset(static_cast<void*>(f.y), 0, sizeof(T) * f.block.elements());
+    std::fill_n(rstd, channels, 0);
+    x = f.y;
+  }
+  const Normalization<T> normalization{mean, rstd, f.scale, f.offset, f.residual, f.activation};
   verbs<T>().normalize(x, f.block, normalization, f.y, executor);
   return count;
 }
@@ -84,51 +104,50 @@ template <class T>
 void gradient(const Gradient<T>& f, Executor& executor) {
   using S = Stat<T>;
   const int64_t channels = f.block.channels, positions = f.block.positions();
-  std::unique_ptr<double[]> scratch(new double[6 * channels]);
-  double* const sum_g = scratch.get();
-  double* const sum_g_x = sum_g + channels;
+  Vectors scratch(6, channels);
+  double *const sum_g = scratch[0], *const sum_g_x = scratch[1], *const rstd = scratch[2];
 
   double count = double(positions);
   if (f.weights) {
     count = 0;
     for (int64_t p = 0; p < positions; ++p) count += double(f.weights[p]);
   }
-  Normalization<T> normalization = f.normalization;
-  if (f.training && count == 0) {
-    double* const mean = sum_g_x + channels;
-    double* const variance = mean + channels;
-    for (int64_t c = 0; c < channels; ++c) mean[c] = 0, variance[c] = kNoVariance;
-    normalization.mean = mean;
-    normalization.variance = variance;
+  Normalization<T> normalization{f.mean, rstd, f.scale, f.offset, f.residual, f.activation};
+  to_rstd(f.variance, f.epsilon, channels, rstd);
+  if (f.training && count == 0) {  // every x was as good as the mean, which nobody knows
+    std::fill_n(rstd, channels, 0);
+    std::fill_n(scratch[5], channels, 0);
+    normalization.mean = scratch[5];
   }
 
   const bool through_statistics = f.training && count > 0;
   const bool into_given = !f.training && (f.dgiven_mean || f.dgiven_variance);
   if (through_statistics || into_given || f.dscale || f.doffset)
     verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x, executor);
-  // The share of the given statistics in the returned ones.
+  if (f.dscale)
+    for (int64_t c = 0; c < channels; ++c) f.dscale[c] = S(rstd[c] * sum_g_x[c]);
+  if (f.doffset)
+    for (int64_t c = 0; c < channels; ++c) f.doffset[c] = S(sum_g[c]);
+
+  // The given statistics: their share in the returned ones, and what normalizes by them.
   const double kept = !f.training ? 1 : count > 0 || f.factor == 1 ? 1 - f.factor : 1;
-  for (int64_t c = 0; c < channels; ++c) {
-    const double rstd = rstd_of(normalization.variance[c], normalization.epsilon);
-    if (f.dscale) f.dscale[c] = S(rstd * sum_g_x[c]);
-    if (f.doffset) f.doffset[c] = S(sum_g[c]);
-    const double slope = (normalization.scale ? double(normalization.scale[c]) : 1) * rstd;
-    if (f.dgiven_mean) {
-      const double direct = into_given ? slope * sum_g[c] : 0;
+  const auto slope = [&](int64_t c) { return f.scale ? double(f.scale[c]) * rstd[c] : rstd[c]; };
+  if (f.dgiven_mean)
+    for (int64_t c = 0; c < channels; ++c) {
+      const double direct = into_given ? slope(c) * sum_g[c] : 0;
       f.dgiven_mean[c] = S(kept * (f.dmean ? double(f.dmean[c]) : 0) - direct);
     }
-    if (f.dgiven_variance) {
-      const double direct = into_given ? slope * rstd * rstd / 2 * sum_g_x[c] : 0;
+  if (f.dgiven_variance)
+    for (int64_t c = 0; c < channels; ++c) {
+      const double direct = into_given ? slope(c) * rstd[c] * rstd[c] / 2 * sum_g_x[c] : 0;
       f.dgiven_variance[c] = S(kept * (f.dvariance ? double(f.dvariance[c]) : 0) - direct);
     }
-  }
 
   // Of what flows into the returned statistics, this much flows on into the batch's.
   const double unbiased = count > f.correction ? count / (count - f.correction) : 1;
-  double* const dmean = sum_g_x + 3 * channels;
   const StatisticsGradient statistics{
-      count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, dmean),
-      scaled(f.dvariance, f.factor * unbiased, channels, dmean + channels)};
+      count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, scratch[3]),
+      scaled(f.dvariance, f.factor * unbiased, channels, scratch[4])};
   verbs<T>().backward(f.dy, f.x, f.block, normalization, through_statistics ? &statistics : nullptr,
                       f.weights, f.dx, f.dresidual, executor);
 }

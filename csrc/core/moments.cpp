@@ -20,12 +20,17 @@
 namespace fusebn::FUSEBN_TARGET {
 namespace {
 
-// Joins k elements of mean `mean_k` and `m2_k` to n elements of mean `mean` and `m2`.
-FUSEBN_INLINE void join(double n, double& mean, double& m2, double k, double mean_k, double m2_k) {
+// Joins, for each channel, k elements of mean `mean_k` and `m2_k` to n elements of `mean` and `m2`.
+void join(int64_t channels, double n, double* mean, double* m2, double k, const double* mean_k,
+          const double* m2_k) {
   if (k == 0) return;
-  const double total = n + k, delta = mean_k - mean;
-  mean += delta * (k / total);
-  m2 += m2_k + delta * delta * (n * k / total);
+  const double share = k / (n + k), cross = n * share;
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    const double delta = mean_k[c] - mean[c];
+    mean[c] += delta * share;
+    m2[c] += m2_k[c] + delta * delta * cross;
+  }
 }
 
 template <class S>
@@ -171,10 +176,7 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
   for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
   double count = 0;
   for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-    const double* const chunk_mean = means + chunk * channels;
-    const double* const chunk_m2 = m2s + chunk * channels;
-    for (int64_t c = 0; c < channels; ++c)
-      join(count, mean[c], m2[c], counts[chunk], chunk_mean[c], chunk_m2[c]);
+    join(channels, count, mean, m2, counts[chunk], means + chunk * channels, m2s + chunk * channels);
     count += counts[chunk];
   }
   return count;
@@ -204,11 +206,10 @@ double moments(const T* x, Block b, const Stat<T>* weights, double* mean, double
       if (at == 0)
         for (int64_t c = 0; c < channels; ++c) base[c] = bases[c];
       for (int64_t copy = 0; copy < fold; ++copy) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t from = copy * channels + c;
-          const double offset = double(bases[from]) - double(base[c]);
-          join(count, mean[c], m2[c], double(part.outer), offset + means[from], m2s[from]);
-        }
+        double* const copy_mean = means + copy * channels;
+        const S* const copy_base = bases + copy * channels;
+        for (int64_t c = 0; c < channels; ++c) copy_mean[c] += double(copy_base[c]) - double(base[c]);
+        join(channels, count, mean, m2, double(part.outer), copy_mean, m2s + copy * channels);
         count += double(part.outer);
       }
     };

@@ -251,7 +251,7 @@ class ChannelConstants {
         data_(N * stride_) {}
 
   void set(int64_t c, const S (&values)[N]) {
-    for (int i = 0; i < N; ++i) data_[i * stride_ + c] = values[i];
+    for (int i = 0; i < N; ++i) of(i)[c] = values[i];
   }
   // Once all are set: repeats them, twice as many at a time, to the end of the pattern.
   void seal() {
