@@ -22,7 +22,6 @@ namespace {
 template <class T, Activation A>
 struct Sums {
   using S = Stat<T>;
-  static constexpr bool kWide = sizeof(T) == sizeof(S);
   using V = Vec<S>;
   struct Constants {
     V m, a, b;
@@ -37,6 +36,7 @@ struct Sums {
   double* sum_g;    // of the task's channels
   double* sum_g_x;  // with x - m
   int64_t c0;
+  bool two_streams;
 
   void begin(int64_t, int64_t) {}
 
@@ -79,6 +79,7 @@ void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>*
              const Stat<T>* offset, double* sum_g, double* sum_g_x, Executor& executor) {
   const int64_t channels = b.channels;
   const Cut cut(b);
+  const bool two_streams = in_two_streams<T>(b);
   Scratch<double> partial_g(cut.chunks * channels), partial_g_x(cut.chunks * channels);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
@@ -86,7 +87,7 @@ void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>*
     double* const task_g = partial_g + (chunk * channels + c0);
     double* const task_g_x = partial_g_x + (chunk * channels + c0);
     for (int64_t c = 0; c < c1 - c0; ++c) task_g[c] = task_g_x[c] = 0;
-    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, c0};
+    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, c0, two_streams};
     reduce<Stat<T>>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0,
                     c1);
   };
@@ -110,6 +111,11 @@ struct Backward {
   T* out;  // dx
   T* dresidual;
   bool training, streaming, streaming_residual;
+
+  FUSEBN_INLINE void prefetch(int64_t e) const {
+    __builtin_prefetch(dy + e, 0, 2);
+    __builtin_prefetch(x + e, 0, 2);
+  }
 
   template <bool rows, class L>
   FUSEBN_INLINE void visit(int64_t e, int64_t position, const V (&k)[5], L lanes) const {

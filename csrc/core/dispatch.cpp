@@ -44,6 +44,9 @@ namespace {
 #define FUSEBN_FLOOR(target, name, runs) target::floor,
 
 constexpr const char* kNames[] = {FUSEBN_TARGETS(FUSEBN_NAME)};
+template <class T>
+constexpr const Verbs<T>* kVerbsOf[] = {FUSEBN_TARGETS(FUSEBN_VERBS)};
+constexpr decltype(&floor) kFloorOf[] = {FUSEBN_TARGETS(FUSEBN_FLOOR)};
 constexpr int kTargets = sizeof kNames / sizeof *kNames;
 
 // The names of the targets that this machine runs, ending in null.
@@ -74,13 +77,11 @@ std::atomic<int> chosen{index_of(available.names[0])};
 
 template <class T>
 const Verbs<T>& verbs() {
-  static constexpr const Verbs<T>* kAll[] = {FUSEBN_TARGETS(FUSEBN_VERBS)};
-  return *kAll[chosen.load(std::memory_order_relaxed)];
+  return *kVerbsOf<T>[chosen.load(std::memory_order_relaxed)];
 }
 
 void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Executor& executor) {
-  static constexpr decltype(&floor) kAll[] = {FUSEBN_TARGETS(FUSEBN_FLOOR)};
-  kAll[chosen.load(std::memory_order_relaxed)](kind, a, b, out, n, executor);
+  kFloorOf[chosen.load(std::memory_order_relaxed)](kind, a, b, out, n, executor);
 }
 
 namespace {

@@ -57,7 +57,6 @@ void read_position(const T* x, Block b, int64_t p, int64_t c0, int64_t c1, Stat<
 template <class T>
 struct Sums {
   using S = Stat<T>;
-  static constexpr bool kWide = sizeof(T) == sizeof(S);
   using V = Vec<S>;
   struct Constants {
     V origin;
@@ -70,6 +69,7 @@ struct Sums {
   double* mean;  // of what was joined so far, as a distance from base
   double* m2;
   int64_t c0;
+  bool two_streams;
   bool finds_origin = false;    // join() only moves the origin to the mean of the run
   double count = 0;             // weight joined so far, this run included
   double inverse = 0, share = 0, cross = 0;  // of this run: 1 / k, k / count, n k / count
@@ -147,6 +147,7 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
   read_position(x, b, first, 0, channels, base);
 
   const Cut cut(b);
+  const bool two_streams = in_two_streams<T>(b);
   Scratch<double> counts(cut.chunks), means(cut.chunks * channels), m2s(cut.chunks * channels);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
@@ -159,7 +160,7 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
     double* const task_mean = means + (chunk * channels + c0);
     double* const task_m2 = m2s + (chunk * channels + c0);
     for (int64_t c = 0; c < c1 - c0; ++c) task_mean[c] = task_m2[c] = 0;
-    Sums<T> sums{x, weights, base + c0, origin, task_mean, task_m2, c0};
+    Sums<T> sums{x, weights, base + c0, origin, task_mean, task_m2, c0, two_streams};
     if (p < end) {
       read_position(x, b, p, c0, c1, origin);
       const int64_t quarter = run_length(b, p, end - p, longest_run(b) / 4);

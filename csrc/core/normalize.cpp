@@ -14,6 +14,11 @@ struct Normalize {
   T* out;
   bool streaming;
 
+  FUSEBN_INLINE void prefetch(int64_t e) const {
+    __builtin_prefetch(x + e, 0, 2);
+    if (residual) __builtin_prefetch(residual + e, 0, 2);
+  }
+
   template <bool rows, class L>
   FUSEBN_INLINE void visit(int64_t e, int64_t, const V (&k)[3], L lanes) const {
     const V z = preactivation(load(x + e, lanes) - k[0], k[1], k[2], residual, e, lanes);

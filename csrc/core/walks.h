@@ -46,9 +46,7 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-// Of reduce_rows: how many rows ahead memory is asked for, and from how many bytes on a row of floats
-// is long: see there.
-inline constexpr int64_t kLongRow = 1024;
+// Of reduce_rows: how many rows ahead memory is asked for.
 inline constexpr int64_t kRowsAhead = 16;
 // Of reduce_planes: how many elements ahead, and from how many on a plane has four sums a lane.
 inline constexpr int64_t kPlaneAhead = 1024;
@@ -91,6 +89,15 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t left, int64_t longe
   return least(longest / b.inner * b.inner, left);
 }
 
+// Whether `reduce` should read the rows of a block in two streams: see reduce_rows.
+template <class T>
+bool in_two_streams(Block b) {
+  constexpr int64_t kLongRow = 1024;
+  constexpr bool kWide = sizeof(T) == sizeof(Stat<T>);  // 16-bit elements: arithmetic is the limit
+  return kWide && b.inner == 1 && b.channels * int64_t(sizeof(T)) >= kLongRow &&
+         b.elements() * int64_t(sizeof(T)) >= streaming_bytes();
+}
+
 // A kernel for `reduce` sums two terms a channel. It offers
 //   prefetch(e)                 element e will be read soon
 //   begin(p, n)                 a run of n positions starts at p
@@ -100,18 +107,22 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t left, int64_t longe
 //                               adds the terms of the elements e.. at the position p (rows), or at
 //                               the positions p.. (planes), to u and v; dead lanes are ignored
 //   join(c, n, u, v)            the run's sums of the channels c .. c + n
-//   kWide                       whether an element is as wide as a lane
+//   two_streams                 see in_two_streams
 //
 // A band of rows is read tile by tile, so that the sums stay in registers for a while. The hardware
 // does not foresee that order (a tile is some 256 bytes of every row, and rows are often a power of two
 // apart), so each vector asks for the one kRowsAhead below it, into L2: in L1 those rows would collide.
 //
-// Where the rows are long and memory is the limit, that order costs half as much again as reading in
-// one stream. There a band is two rows and a tile one vector: two streams, and sums that wait in L1.
+// Where the rows are long and memory is the limit, that order takes a third longer than reading in
+// few streams. There a band is two rows and a tile one vector, and the sums wait in L1. Either way a
+// lane adds the same terms in the same order.
 template <class S, class K>
 void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
   constexpr int kLanes = Vec<S>::kLanes;
-  S u[kRowGroup + kLanes], v[kRowGroup + kLanes];
+  // 512 lanes between them: a load that agrees in its last 12 bits with a store just before waits for
+  // it, and v[c] would be stored before u[c + kLanes] is loaded.
+  S sums[2 * (kRowGroup + kLanes) + 512];
+  S *const u = sums, *const v = sums + kRowGroup + kLanes + 512;
   for (int64_t c = 0; c < c1 - c0 + kLanes; ++c) u[c] = v[c] = 0;
   int64_t r = p;
   const K local = kernel;  // see map_rows
@@ -145,7 +156,7 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
     if (c < c1) tile.template operator()<rows, 1>(c, Part{c1 - c});
     r += rows;
   };
-  if (K::kWide && b.channels * int64_t(sizeof(S)) >= kLongRow)
+  if (kernel.two_streams)
     while (r + 2 <= p + n) band.template operator()<2, 1>();
   while (r + 8 <= p + n) band.template operator()<8, 4>();
   while (r < p + n) band.template operator()<1, 4>();
@@ -233,6 +244,7 @@ struct Folded {
 // Elements of one task. Small enough to be shared out evenly, large enough (256 KiB of float) that
 // claiming it costs nothing.
 inline constexpr int64_t kMapElements = 65536;
+inline constexpr int64_t kMapAhead = 2048;  // elements
 
 // In rows the constants are laid out again and again until a pattern is this long: most vectors then
 // need not ask whether it has come to its end.
@@ -279,7 +291,9 @@ int64_t until_aligned(const T* out, int64_t e, int64_t end) {
 
 // A kernel for `map` writes `out` and is called as kernel.visit<rows>(e, p, k, lanes): the elements
 // e.., the position p they share (rows, when it reads weights) or start at (planes), and the
-// constants. Vectors are aligned on `out`, so that the kernel may stream the Full ones.
+// constants. Vectors are aligned on `out`, so that the kernel may stream the Full ones. Where it does,
+// its inputs come from memory, too, and kernel.prefetch(e) asks for them early: the hardware alone
+// does not look far enough ahead when the table of constants and the streams compete for L1.
 //
 // Kernels and tables of constants are copied to where no other name can reach them: the compiler has
 // to expect that a store to `out` changes anything else, and would read them again for every vector.
@@ -303,7 +317,10 @@ void map_rows(const K kernel, Block b, const ChannelConstants<S, N>& constants, 
   }
   while (e + kLanes <= end) {
     int64_t vectors = least((end - e) / kLanes, ceil_div(period - at, kLanes));
-    for (; vectors > 0; --vectors, e += kLanes, at += kLanes) visit(at, e, Full{});
+    for (; vectors > 0; --vectors, e += kLanes, at += kLanes) {
+      if (kernel.streaming) kernel.prefetch(e + kMapAhead);
+      visit(at, e, Full{});
+    }
     if (at >= period) at -= period;
   }
   if (e < end) visit(at, e, Part{end - e});
@@ -320,7 +337,10 @@ void map_plane(const K kernel, const ChannelConstants<S, N>& constants, int64_t 
     e += head;
     p += head;
   }
-  for (; e + kLanes <= end; e += kLanes, p += kLanes) kernel.template visit<false>(e, p, k, Full{});
+  for (; e + kLanes <= end; e += kLanes, p += kLanes) {
+    if (kernel.streaming) kernel.prefetch(e + kMapAhead);
+    kernel.template visit<false>(e, p, k, Full{});
+  }
   if (e < end) kernel.template visit<false>(e, p, k, Part{end - e});
 }
 
