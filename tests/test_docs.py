@@ -1,4 +1,4 @@
-"""Every example in a docstring and in the README runs and prints what it says."""
+"""Every example in a docstring, in the README and in docs/ runs and prints what it says."""
 
 import doctest
 import importlib
@@ -34,10 +34,12 @@ def test_there_are_examples():
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
-def test_snippets(path, tmp_path, monkeypatch):
+def test_snippets(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.S | re.M)
     assert snippets
     names: dict[str, object] = {"np": np}
     for snippet in snippets:
         exec(compile(snippet, str(path), "exec"), names)
+        said = re.findall(r"^ *print\(.*\)  # (.*)$", snippet, re.M)
+        assert capsys.readouterr().out.splitlines() == said

@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRAS = {"click", "rich", "sklearn", "threadpoolctl", "matplotlib"}
+_EXTRAS = {"click", "rich", "sklearn", "threadpoolctl", "matplotlib", "tensorflow"}
 
 
 def main() -> None:
@@ -16,7 +16,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        extra = "demo" if "demo" in sys.argv[1:] else "cli"
+        wanted = ("demo" if "demo" in sys.argv[1:] else "cli", "tensorflow")
+        extra = ",".join(wanted[: 1 + any("tensorflow" in argument for argument in sys.argv[1:])])
         print(
             f"fusebn: this needs {package}, which is not installed. To install it:\n"
             f"    pip install 'fusebn[{extra}]'",

@@ -51,6 +51,13 @@ def info(as_json: bool) -> None:
 
 @cli.command()
 @click.option(
+    "--framework",
+    type=click.Choice(["numpy", "tensorflow"]),
+    default="numpy",
+    show_default=True,
+    help="What the network is written in; TensorFlow: as a graph with a session.",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, 2**32 - 1),
     default=0,
@@ -71,7 +78,7 @@ def info(as_json: bool) -> None:
     show_default=True,
     help="A folder, or the path of an .html file. Existing files are replaced.",
 )
-def demo(seed: int, epochs: int, out: Path) -> None:
+def demo(framework: str, seed: int, epochs: int, out: Path) -> None:
     """Train on handwritten digits, and write a report.
 
     Shows what batch normalization does, what people get wrong about it, and what that costs.
@@ -85,9 +92,9 @@ def demo(seed: int, epochs: int, out: Path) -> None:
             # Here, not above: it needs the extra `demo`, and takes a second.
             from fusebn.cli.demo import run
 
-            run(seed, epochs, scratch / report.name, Console())
+            model = run(framework, seed, epochs, scratch / report.name, Console())
     except OSError as error:
         message = f"cannot write {report} ({error})."
         raise click.BadParameter(message, param_hint="'--out'") from error
     click.echo(f"Report: {report}")
-    click.echo(f"Model:  {report.with_suffix('.safetensors')}")
+    click.echo(f"Model:  {report.with_name(model.name)}")

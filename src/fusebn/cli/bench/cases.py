@@ -20,10 +20,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
 }
 USUAL_DTYPES = ("float32", "bfloat16", "float16")
+STEP_DTYPES = USUAL_DTYPES[:2]  # of training steps
 
-# Batch, extents, channels, whatever the layout.
-SHAPES = (
-    # every batch norm of ResNet-50 at batch 32
+# Batch, extents, channels, whatever the layout: every batch norm of ResNet-50 at batch 32.
+RESNET50 = (
     "32x112x112x64",
     "32x56x56x64",
     "32x56x56x128",
@@ -36,6 +36,9 @@ SHAPES = (
     "32x14x14x1024",
     "32x7x7x512",
     "32x7x7x2048",
+)
+SHAPES = (
+    *RESNET50,
     # dense layers and a volume
     "65536x256",
     "4096x1024",
@@ -68,6 +71,31 @@ VERBS = {
         Verb("forward+residual+relu", activation="relu", residual=True),
         Verb("backward+relu", backward=True, activation="relu"),
         Verb("backward+residual+relu", backward=True, activation="relu", residual=True),
+    )
+}
+
+
+class Step(NamedTuple):
+    """A training step in TensorFlow: forward and backward, by one of the ways there are."""
+
+    name: str
+    title: str
+    against: str  # the step of ours that it is compared with
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this library's."""
+        return self.name in ("fusebn", "flag")
+
+
+STEPS = {
+    step.name: step
+    for step in (
+        Step("fusebn", "fusebn", "fusebn"),
+        Step("flag", "fusebn, is_training a tensor", "fusebn"),
+        Step("fused", "fused_batch_norm", "fusebn"),
+        Step("moments", "moments + batch_normalization", "fusebn"),
+        Step("cond", "fused_batch_norm, two in a cond", "flag"),
     )
 }
 

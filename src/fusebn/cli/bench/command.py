@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -13,8 +15,18 @@ import click
 from rich.console import Console
 
 import fusebn
-from fusebn.cli.bench import asides, plot, report
-from fusebn.cli.bench.cases import DTYPES, LAYOUTS, QUICK_SHAPES, SHAPES, USUAL_DTYPES, VERBS, parse
+from fusebn.cli.bench import asides, plot, report, steps, steps_report
+from fusebn.cli.bench.cases import (
+    DTYPES,
+    LAYOUTS,
+    QUICK_SHAPES,
+    RESNET50,
+    SHAPES,
+    STEP_DTYPES,
+    USUAL_DTYPES,
+    VERBS,
+    parse,
+)
 from fusebn.cli.bench.machine import described, file_stem, machine
 from fusebn.cli.bench.peers import PEERS, installed
 from fusebn.cli.bench.results import Results
@@ -52,6 +64,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Whom to compare with; by default everybody installed (with --quick, PyTorch).",
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds in which everybody has a turn.")
+@click.option(
+    "--tensorflow",
+    is_flag=True,
+    help="Instead: training steps in TensorFlow, ours against its own, at ResNet-50's shapes.",
+)
 @click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
 @click.option("--json", "json_path", type=_FILE, help="Write the results here.")
 @click.option("--plot", "plot_path", type=_FILE, help="Draw them here, as PNG and SVG.")
@@ -68,6 +85,7 @@ def bench(
     verbs: tuple[str, ...],
     peers: tuple[str, ...],
     repeats: int | None,
+    tensorflow: bool,
     busy: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -79,12 +97,14 @@ def bench(
     the command ends with status 1.
     """
     start = perf_counter()
-    if (plot_path or out) and not find_spec("matplotlib"):
+    if tensorflow:
+        _no_verbs({"--verb": verbs, "--peers": peers, "--busy": busy, "--plot": plot_path})
+    elif (plot_path or out) and not find_spec("matplotlib"):
         raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
     plan = Plan(
-        shapes or (QUICK_SHAPES if quick else SHAPES),
+        shapes or (QUICK_SHAPES if quick else RESNET50 if tensorflow else SHAPES),
         layouts or (QUICK_LAYOUTS if quick else LAYOUTS),
-        dtypes or (QUICK_DTYPES if quick else USUAL_DTYPES),
+        dtypes or (QUICK_DTYPES if quick else STEP_DTYPES if tensorflow else USUAL_DTYPES),
         verbs or tuple(VERBS),
         repeats or (5 if quick else 7),
         start + QUICK_SECONDS if quick else None,
@@ -94,6 +114,9 @@ def bench(
     console.print(described(where))
     if warning := report.busy_machine(where):
         console.print(f"[yellow]{warning}[/]")
+    if tensorflow:
+        _training_steps(plan, where, json_path, out, console)
+        return
     here = installed()
     wanted = [p for p in peers or (QUICK_PEERS if quick else here) if p != "none"]
     for peer in wanted:
@@ -101,26 +124,67 @@ def bench(
             raise click.UsageError(
                 f"{PEERS[peer][0]} is not installed: {', '.join(PEERS[peer][1])}"
             )
-    workers: list[Worker] = []
-    try:
-        workers = [
-            Worker(peer, memory, fusebn.get_num_threads())
-            for peer in wanted
-            if peer in here
-            for memory in memories()
-        ]
+    pairs = [(peer, memory) for peer in wanted if peer in here for memory in memories()]
+    with _started(pairs) as workers:
         results = _results(plan, workers, where, console)
-    finally:
-        for worker in workers:
-            worker.close()
     results.overhead = asides.overhead()
     if busy:
         results.busy = asides.busy()
     report.show(results, console)
-    _write(results, json_path, plot_path, out, console)
-    if any(record.wrong for record in results.records):
-        console.print("[bold red]A wrong answer was refused.[/]")
-        sys.exit(1)
+    _write(results.as_json(), report.markdown(results), where, "", json_path, out, console)
+    for path in filter(None, [plot_path, out and _stem(out, where, ".png")]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for written in plot.plot(results, path):
+            console.print(f"wrote {written}")
+    _end(any(record.wrong for record in results.records), console)
+
+
+def _no_verbs(options: dict[str, object]) -> None:
+    for option, given in options.items():
+        if given:
+            raise click.UsageError(f"{option} does not go with --tensorflow, which has no verbs")
+    if not find_spec("tensorflow"):
+        raise click.UsageError(
+            "--tensorflow needs it installed: pip install 'fusebn[cli,tensorflow]'"
+        )
+
+
+def _training_steps(
+    plan: Plan,
+    where: dict[str, object],
+    json_path: Path | None,
+    out: Path | None,
+    console: Console,
+) -> None:
+    with _started([(steps.PEER, memory) for memory in memories()]) as workers:
+        with console.status("importing TensorFlow"):
+            for worker in workers:
+                try:
+                    worker.wait()
+                except Unable as reason:
+                    raise click.ClickException(f"TensorFlow cannot be measured: {reason}") from None
+        results = steps.StepResults(where, workers[0].version, plan.rounds)
+        console.print(steps_report.heading())
+        for record in steps.measure(plan, workers):
+            results.records.append(record)
+            console.print(steps_report.line(record))
+    steps_report.show(results, console)
+    page = steps_report.markdown(results)
+    _write(results.as_json(), page, where, "-tensorflow", json_path, out, console)
+    _end(any(record.wrong for record in results.records), console)
+
+
+@contextmanager
+def _started(pairs: Sequence[tuple[str, str]]) -> Iterator[list[Worker]]:
+    """Start workers, each a peer with one kind of memory, and end them whatever happens."""
+    workers: list[Worker] = []
+    try:
+        for peer, memory in pairs:
+            workers.append(Worker(peer, memory, fusebn.get_num_threads()))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 def _results(
@@ -153,26 +217,32 @@ def _results(
 
 
 def _write(
-    results: Results,
+    found: dict[str, object],
+    page: str,
+    where: dict[str, object],
+    suffix: str,
     json_path: Path | None,
-    plot_path: Path | None,
     out: Path | None,
     console: Console,
 ) -> None:
-    jsons, plots = [json_path], [plot_path]
+    text = json.dumps(found, indent=1, allow_nan=False) + "\n"
+    files = {json_path: text} if json_path else {}
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        stem = out / file_stem(results.machine)
-        jsons.append(stem.with_name(stem.name + ".json"))
-        plots.append(stem.with_name(stem.name + ".png"))
-        page = stem.with_name(stem.name + ".md")
-        page.write_text(report.markdown(results))
-        console.print(f"wrote {page}")
-    for path in filter(None, jsons):
+        files |= {
+            _stem(out, where, f"{suffix}.json"): text,
+            _stem(out, where, f"{suffix}.md"): page,
+        }
+    for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results.as_json(), indent=1, allow_nan=False) + "\n")
+        path.write_text(content)
         console.print(f"wrote {path}")
-    for path in filter(None, plots):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for written in plot.plot(results, path):
-            console.print(f"wrote {written}")
+
+
+def _stem(out: Path, where: dict[str, object], ending: str) -> Path:
+    return out / f"{file_stem(where)}{ending}"
+
+
+def _end(wrong: bool, console: Console) -> None:
+    if wrong:
+        console.print("[bold red]A wrong answer was refused.[/]")
+        sys.exit(1)

@@ -180,11 +180,11 @@ def markdown(results: Results) -> str:
                     *(_pair(row.over_ours.get(p), row.over_ours_fresh.get(p)) for p in peers),
                 ]
             )
-        page += _rows(cells)
+        page += table_rows(cells)
     page += ["", "## Besides", "", "```text", *_facts(results), "```"]
     for dtype, records in groupby(results.records, key=lambda record: record.dtype):
         page += ["", f"## {dtype}, each case", "", "Milliseconds, warm (in brackets: fresh).", ""]
-        page += _rows(_details(list(records), results))
+        page += table_rows(_details(list(records), results))
     return "\n".join(page) + "\n"
 
 
@@ -222,7 +222,8 @@ def _pair(warm: float | None, fresh: float | None, digits: int = 2) -> str:
     return f"{_number(warm, digits)} ({_number(fresh, digits)})" if warm or fresh else ""
 
 
-def _rows(cells: Iterable[list[str]]) -> list[str]:
+def table_rows(cells: Iterable[list[str]]) -> list[str]:
+    """Return a Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     lines.insert(1, "|" + " --- |" * lines[0].count(" | ") + " --- |")
     return lines

@@ -7,6 +7,7 @@ falls on all of them. A ratio is taken inside a round, and the median of the rou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ def _prepared(record: Record, verb: Verb, truth: Truth, workers: list[Worker]) -
         try:
             if answer := worker.prepare(verb):
                 truth.check(verb, answer, peer=True)
-                turns[worker.peer, worker.memory] = worker.turn
+                turns[worker.peer, worker.memory] = partial(worker.turn, verb)
         except Wrong as reason:
             _refuse(record, {(worker.peer, worker.memory): f"wrong answer: {reason}"})
         except Unable as reason:
@@ -107,13 +108,7 @@ def _race(record: Record, ours: Ours, verb: Verb, peers: dict[Key, Turn], rounds
         return lambda count: turn(call, count)
 
     turns = {key: of(call) for key, call in calls.items()} | peers
-    seconds: dict[Key, list[float]] = {key: [] for key in turns}
-    order = list(turns)
-    for _ in range(rounds):
-        for key in order:
-            seconds[key].append(turns[key](CALLS))
-        order.append(order.pop(0))  # nobody always follows the same neighbour
-
+    seconds = take_turns(turns, rounds)
     spreads = {key: Spread.of(values) for key, values in seconds.items()}
     best = min(floors, key=lambda store: spreads["floor", store].median)
     record.floor = best
@@ -127,11 +122,23 @@ def _race(record: Record, ours: Ours, verb: Verb, peers: dict[Key, Turn], rounds
                 who,
                 "warm" if who == "floor" else memory,
                 spreads[who, memory],
-                _ratio(values, floor),
-                _ratio(values, mine),
+                ratio(values, floor),
+                ratio(values, mine),
             )
         )
 
 
-def _ratio(above: list[float], below: list[float]) -> Spread:
+def take_turns(turns: dict[Key, Turn], rounds: int) -> dict[Key, list[float]]:
+    """Return the seconds of everybody's turn in each round."""
+    seconds: dict[Key, list[float]] = {key: [] for key in turns}
+    order = list(turns)
+    for _ in range(rounds):
+        for key in order:
+            seconds[key].append(turns[key](CALLS))
+        order.append(order.pop(0))  # nobody always follows the same neighbour
+    return seconds
+
+
+def ratio(above: list[float], below: list[float]) -> Spread:
+    """Return the ratio inside the rounds."""
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])

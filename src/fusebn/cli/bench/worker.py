@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from fusebn.cli.bench.answers import Answer, sampled
-from fusebn.cli.bench.cases import Case, Verb, data_of
+from fusebn.cli.bench.cases import Case, Step, Verb, data_of
 from fusebn.cli.bench.peers import Peer, create
 from fusebn.cli.bench.timing import turn
 
@@ -64,16 +64,19 @@ class Worker:
 
     def load(self, case: Case) -> None:
         """Have the peer make its own copy of the data."""
-        self._ask("load", case)
+        self._ask("load", (case,))
 
-    def prepare(self, verb: Verb) -> Answer | None:
-        """Choose what turns will run; return its answer where it is checked, or None."""
-        answer: Answer | None = self._ask("prepare", verb)
+    def prepare(self, verb: Verb | Step, *, keep: bool = False) -> Answer | None:
+        """Make turns of a verb possible; return its answer where it is checked, or None.
+
+        What was prepared before is let go, memory and all, unless told to `keep` it.
+        """
+        answer: Answer | None = self._ask("prepare", (verb, keep))
         return answer
 
-    def turn(self, count: int) -> float:
+    def turn(self, verb: Verb | Step, count: int) -> float:
         """Return the median seconds of some calls."""
-        seconds: float = self._ask("turn", count)
+        seconds: float = self._ask("turn", (verb, count))
         return seconds
 
     def close(self) -> None:
@@ -82,9 +85,9 @@ class Worker:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, *request: object) -> Any:
+    def _ask(self, action: str, arguments: tuple[object, ...]) -> Any:
         try:
-            self._pipe.send(request)
+            self._pipe.send((action, arguments))
         except OSError:
             raise Unable("its process has ended") from None
         return self._receive()
@@ -105,28 +108,28 @@ class _Desk:
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
         self._case: Case | None = None
-        self._call: Callable[[], object] | None = None
+        self._calls: dict[Verb | Step, Callable[[], object]] = {}
 
     def load(self, case: Case) -> None:
-        self._case = self._call = None
+        self._case = None
+        self._calls.clear()
         self._peer.load(case, data_of(case))
         self._case = case
 
-    def prepare(self, verb: Verb) -> Answer | None:
+    def prepare(self, verb: Verb | Step, keep: bool) -> Answer | None:
         if self._case is None:
             raise ValueError("no data")
-        self._call = None
+        if not keep:
+            self._calls.clear()
         call = self._peer.call(verb)
         if call is None:
             return None
         answer = sampled(self._peer.answer(verb, call()), self._case)
-        self._call = call
+        self._calls[verb] = call
         return answer
 
-    def turn(self, count: int) -> float:
-        if self._call is None:
-            raise ValueError("nothing prepared")
-        return turn(self._call, count)
+    def turn(self, verb: Verb | Step, count: int) -> float:
+        return turn(self._calls[verb], count)
 
 
 def _serve(pipe: Connection, name: str, threads: int) -> None:
@@ -142,11 +145,11 @@ def _serve(pipe: Connection, name: str, threads: int) -> None:
     pipe.send((True, peer.version))
     while True:
         try:
-            action, argument = pipe.recv()
+            action, arguments = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, getattr(desk, action)(argument)))
+            pipe.send((True, getattr(desk, action)(*arguments)))
         except Exception as error:  # whatever a framework raises is an answer: it cannot
             pipe.send((False, f"{type(error).__name__}: {error}"))
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from fusebn.cli.bench.answers import Answer
-from fusebn.cli.bench.cases import Case, Data, Verb
+from fusebn.cli.bench.cases import Case, Data
 
 # Name -> its name in tables, and the packages it needs.
 PEERS = {
@@ -35,10 +35,10 @@ class Peer(Protocol):
     def load(self, case: Case, data: Data) -> None:
         """Take copies of the data."""
 
-    def call(self, verb: Verb) -> Callable[[], Any] | None:
-        """Return what computes the verb and nothing else, or None."""
+    def call(self, verb: Any) -> Callable[[], Any] | None:
+        """Return what computes the Verb (or the Step) and nothing else, or None."""
 
-    def answer(self, verb: Verb, result: Any) -> Answer:
+    def answer(self, verb: Any, result: Any) -> Answer:
         """Return y, or dx and dresidual, as NumPy arrays of the case's shape."""
 
 

@@ -1,9 +1,4 @@
-"""A network with batch normalization, written as a user of fusebn would write one.
-
-::
-
-    images -> Dense -> BatchNorm + ReLU -> Dense -> BatchNorm + ReLU -> Dense -> logits
-"""
+"""The network as a user of fusebn would write it with NumPy alone."""
 
 from __future__ import annotations
 
@@ -13,14 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fusebn import BatchNorm, load, save
-
-Array = NDArray[Any]
-
-WIDTHS = (64, 256, 128, 10)
-DECAY = 0.9  # An average over about ten batches keeps up with weights that still move.
+from fusebn.cli.demo.network import CORRECTION, DECAY, EPSILON, WIDTHS, Array, First
 
 
 class Dense:
@@ -52,7 +42,10 @@ class Network:
             Dense(rng.normal(0, np.sqrt(2 / rows), (rows, columns)).astype(np.float32))
             for rows, columns in pairwise(WIDTHS)
         )
-        norms = [BatchNorm(width, decay=DECAY, activation="relu") for width in WIDTHS[1:-1]]
+        norms = [
+            BatchNorm(width, decay=DECAY, epsilon=EPSILON, correction=CORRECTION, activation="relu")
+            for width in WIDTHS[1:-1]
+        ]
         return cls(list(zip(hidden, norms, strict=True)), last)
 
     def __call__(self, x: Array, *, training: bool, update: bool | None = None) -> Array:
@@ -86,3 +79,22 @@ class Network:
         depth = len(layers) // 2
         hidden = [(Dense(layers[f"dense{i}"]), layers[f"norm{i}"]) for i in range(depth)]
         return cls(hidden, Dense(layers["last"]))
+
+    # What the report asks of a network.
+
+    def first(self) -> First:
+        """See :class:`fusebn.cli.demo.network.Network`."""
+        dense, norm = self.hidden[0]
+        return First(dense.weight.copy(), norm.moving_mean.copy(), norm.moving_variance.copy())
+
+    def logits(self, images: Array, *, training: bool = False) -> Array:
+        """See :class:`fusebn.cli.demo.network.Network`."""
+        return self(images, training=training, update=False)
+
+    def state(self) -> dict[str, bytes]:
+        """See :class:`fusebn.cli.demo.network.Network`."""
+        states = [norm.state_dict() for _, norm in self.hidden]
+        return {
+            f"norm{i}": b"".join(state[key].tobytes() for key in sorted(state))
+            for i, state in enumerate(states)
+        }

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from fusebn.cli.digits import Digits
-from fusebn.cli.network import Array, Network
-
-BATCH = 64
-RATE = 0.003
+from fusebn.cli.demo.digits import Digits
+from fusebn.cli.demo.network import Array
+from fusebn.cli.demo.numpy.network import Network
+from fusebn.cli.demo.schedule import batches
 
 
 def train(
@@ -20,32 +19,12 @@ def train(
 
     `update` False is a mistake made for show: batches normalize, but no moving average learns.
     """
-    rng = np.random.default_rng(seed)
-    steps = steps_per_epoch(digits)
-    adam = Adam(epochs * steps)
-    for _ in range(epochs):
-        order = rng.permutation(len(digits.labels))
-        for batch in order[: steps * BATCH].reshape(steps, BATCH):
-            logits = network(digits.images[batch], training=True, update=update)
-            loss, dlogits = cross_entropy(logits, digits.labels[batch])
-            adam.step(network.backward(dlogits))
-            yield loss
-
-
-def steps_per_epoch(digits: Digits) -> int:
-    """Return the number of full batches; what is left of an epoch waits for the next."""
-    return len(digits.labels) // BATCH
-
-
-def predict(network: Network, images: Array) -> Array:
-    """Return the digit that each image shows, in inference mode."""
-    digits: Array = network(images, training=False).argmax(axis=1)
-    return digits
-
-
-def accuracy(network: Network, digits: Digits) -> float:
-    """Return the share of digits that are recognized in inference mode."""
-    return float(np.mean(predict(network, digits.images) == digits.labels))
+    adam = Adam()
+    for (images, labels), rate in batches(digits, epochs, seed):
+        logits = network(images, training=True, update=update)
+        loss, dlogits = cross_entropy(logits, labels)
+        adam.step(rate, network.backward(dlogits))
+        yield loss
 
 
 def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
@@ -59,16 +38,14 @@ def cross_entropy(logits: Array, labels: Array) -> tuple[float, Array]:
 
 
 class Adam:
-    """Kingma and Ba (2015), with a rate that falls to 0 along half a cosine."""
+    """Kingma and Ba (2015)."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self) -> None:
         self._step = 0
         self._averages: list[tuple[Array, Array]] = []
 
-    def step(self, gradients: Iterable[tuple[Array, Array]]) -> None:
+    def step(self, rate: float, gradients: Iterable[tuple[Array, Array]]) -> None:
         """Move each parameter, in place, against its gradient."""
-        rate = RATE * (1 + np.cos(np.pi * self._step / self._steps)) / 2
         self._step += 1
         rate *= np.sqrt(1 - 0.999**self._step) / (1 - 0.9**self._step)
         for i, (parameter, gradient) in enumerate(gradients):

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from fusebn import batch_normalization
-from fusebn.cli.findings import percent
-from fusebn.cli.network import Array, Network
-from fusebn.cli.watch import History
+from fusebn.cli.demo.findings import percent
+from fusebn.cli.demo.network import CORRECTION, EPSILON, Array, First
+from fusebn.cli.demo.watch import History
 
 # matplotlib knows no CSS variables: it draws in these colors, which are then replaced, so that one
 # figure suits a light page and a dark one.
@@ -102,7 +102,7 @@ def convergence(history: History, channels: list[int]) -> list[str]:
     moving = {"mean": history.moving_mean, "variance": history.moving_variance}
     exact = {
         "mean": [moments.mean for moments in history.population],
-        "variance": [moments.variance(correction=1) for moments in history.population],
+        "variance": [moments.variance(CORRECTION) for moments in history.population],
     }
     per_epoch = len(history.loss) // len(history.population)
     steps = np.arange(1, len(history.loss) + 1)
@@ -127,13 +127,12 @@ def convergence(history: History, channels: list[int]) -> list[str]:
     return figures
 
 
-def activations(network: Network, images: Array) -> list[str]:
+def activations(first: First, images: Array) -> list[str]:
     """Return two figures: what reaches the first normalization, and what it becomes."""
-    dense, norm = network.hidden[0]
-    some = np.argsort(norm.moving_mean)[::5]
-    before = dense(images)[:, some]
+    some = np.argsort(first.moving_mean)[::5]
+    before = (images @ first.weight)[:, some]
     after = batch_normalization(
-        before, norm.moving_mean[some], norm.moving_variance[some], None, None, norm.epsilon
+        before, first.moving_mean[some], first.moving_variance[some], None, None, EPSILON
     )
     limit = 1.05 * max(
         np.abs(np.percentile(values, (5, 95), axis=0)).max() for values in (before, after)

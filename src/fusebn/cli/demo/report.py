@@ -9,16 +9,18 @@ from string import Template
 from typing import NamedTuple
 
 import fusebn
-from fusebn.cli import figures
-from fusebn.cli.digits import Digits
-from fusebn.cli.findings import Finding, percent
-from fusebn.cli.network import Network
-from fusebn.cli.watch import History
+from fusebn.cli.demo import figures
+from fusebn.cli.demo.digits import Digits
+from fusebn.cli.demo.findings import Finding, percent
+from fusebn.cli.demo.network import First
+from fusebn.cli.demo.schedule import BATCH
+from fusebn.cli.demo.watch import History
 
 
 class Summary(NamedTuple):
     """What the head of the report says."""
 
+    framework: str
     seed: int
     epochs: int
     accuracy: float
@@ -29,17 +31,18 @@ class Summary(NamedTuple):
 def write(
     path: Path,
     summary: Summary,
-    network: Network,
+    first: First,
     history: History,
     channels: list[int],
     shown: list[Finding],
 ) -> None:
     """Write the page: the figures, and the same tables as in the terminal."""
-    template = resources.files("fusebn.cli").joinpath("report.html").read_text("utf-8")
+    template = resources.files("fusebn.cli.demo").joinpath("report.html").read_text("utf-8")
     convergence, *mistakes = shown
     facts = fusebn.info()
     page = Template(template).substitute(
         accuracy=percent(summary.accuracy),
+        framework=summary.framework,
         seed=summary.seed,
         epochs=summary.epochs,
         training=f"{len(summary.training.labels):,}",
@@ -47,11 +50,12 @@ def write(
         version=facts["version"],
         instruction_set=facts["instruction_set"],
         threads=facts["threads"],
+        batch=BATCH,
         learning="\n".join(figures.learning(history)),
         convergence="\n".join(figures.convergence(history, channels)),
         convergence_lesson=escape(convergence.lesson),
         convergence_table=_table(convergence),
-        activations="\n".join(figures.activations(network, summary.training.images)),
+        activations="\n".join(figures.activations(first, summary.training.images)),
         mistakes="\n".join(_section(finding) for finding in mistakes),
     )
     path.write_text(page, "utf-8")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fusebn import Moments
-from fusebn.cli.digits import Digits
-from fusebn.cli.findings import percent, population
-from fusebn.cli.network import Array, Network
-from fusebn.cli.training import accuracy, steps_per_epoch, train
+from fusebn.cli.demo.digits import Digits
+from fusebn.cli.demo.findings import Finding, percent
+from fusebn.cli.demo.network import Array, Network, accuracy
+from fusebn.cli.demo.schedule import steps_per_epoch
 
 
 @dataclass
@@ -28,20 +30,19 @@ class History:
     population: list[Moments] = field(default_factory=list)
 
 
-def watch(
-    title: str,
-    digits: Digits,
-    held_out: Digits,
-    *,
-    epochs: int,
-    seed: int,
-    update: bool,
-    console: Console,
-) -> tuple[Network, History]:
-    """Train a new network; return it and its history."""
-    network, history = Network.new(np.random.default_rng(seed)), History()
-    _, norm = network.hidden[0]
-    steps = steps_per_epoch(digits)
+class Course(NamedTuple):
+    """What all trainings of a run have in common."""
+
+    training: Digits
+    held_out: Digits
+    epochs: int
+    seed: int
+    console: Console
+
+
+def watch(title: str, network: Network, losses: Iterator[float], course: Course) -> History:
+    """Train a network to the end of its losses, one of each step; return its history."""
+    history, steps = History(), steps_per_epoch(course.training)
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(bar_width=None),
@@ -49,20 +50,30 @@ def watch(
         TextColumn("held out [bold]{task.fields[accuracy]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, expand=True) as progress:
-        bar = progress.add_task(title, total=epochs * steps, epoch=0, loss="-", accuracy="-")
-        for step, loss in enumerate(train(network, digits, epochs, seed, update=update), 1):
+    with Progress(*columns, console=course.console, expand=True) as progress:
+        total = course.epochs * steps
+        bar = progress.add_task(title, total=total, epoch=0, loss="-", accuracy="-")
+        for step, loss in enumerate(losses, 1):
+            first = network.first()
             history.loss.append(loss)
-            history.moving_mean.append(norm.moving_mean.copy())
-            history.moving_variance.append(norm.moving_variance.copy())
+            history.moving_mean.append(first.moving_mean)
+            history.moving_variance.append(first.moving_variance)
             progress.advance(bar)
             if step % steps == 0:
-                history.accuracy.append(accuracy(network, held_out))
-                history.population.append(population(network, digits.images))
+                history.accuracy.append(accuracy(network, *course.held_out))
+                history.population.append(first.population(course.training.images))
                 progress.update(
                     bar,
                     epoch=step // steps,
                     loss=f"{np.mean(history.loss[-steps:]):.4f}",
                     accuracy=percent(history.accuracy[-1]),
                 )
-    return network, history
+    return history
+
+
+class Study(NamedTuple):
+    """What a framework's demo comes back with."""
+
+    network: Network
+    history: History
+    findings: list[Finding]

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
-from fusebn.cli.network import Array
+from fusebn.cli.demo.network import Array
 
 _SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0))
 
