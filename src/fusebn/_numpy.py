@@ -5,7 +5,7 @@ Each does three things in order: check the arguments (`_spec`), lay the arrays o
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes  # noqa: F401  # makes bfloat16 a dtype that NumPy knows
 import numpy as np
