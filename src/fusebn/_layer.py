@@ -236,17 +236,21 @@ class BatchNorm:
         apart = update and (not training or self.nonfinite == "raise")
         # Statistics that may refuse the batch, or are not those that normalize it, come first.
         batch = self._statistics(x, axis, weights) if apart else None
+        # Most batches are mixed in by the pass itself, which returns the new averages.
+        mixed = update and not apart and self.nonfinite == "propagate"
+        mixed = mixed and _numpy.stat_dtype(x) == self.dtype
+        given = mixed or not training
         result, normalizers, count = _numpy.forward(
             name,
             x,
             self.scale,
             self.offset,
-            None if training else self.moving_mean,
-            None if training else self.moving_variance,
+            self.moving_mean if given else None,
+            self.moving_variance if given else None,
             self.epsilon,
             axis,
             training,
-            1.0,
+            self._factor() if mixed else 1.0,
             self.activation,
             residual,
             weights,
@@ -256,7 +260,9 @@ class BatchNorm:
         )
         assert normalizers is not None
         mean, variance = normalizers[0], normalizers[1]
-        if update:
+        if mixed and count > 0:
+            self._assign(result.mean, result.variance)
+        elif update and not mixed:
             self._update(*(batch or (count, mean, variance)))
         overwritten = out is not None and np.may_share_memory(out, x)
         self._last = _Call(x, mean, variance, training, residual, weights, overwritten)
@@ -281,13 +287,20 @@ class BatchNorm:
         if count == 0:
             return
         unbiased = count / (count - self.correction) if count > self.correction else 1
-        factor = _moving.factor(self._decay, self.num_updates + 1, self.zero_debias)
+        factor = self._factor()
         new_mean = _moving.mix(self.moving_mean, mean, factor)
         new_variance = _moving.mix(self.moving_variance, variance, factor, unbiased)
         if self.nonfinite == "skip":
             finite = np.isfinite(mean) & np.isfinite(variance)
             new_mean = np.where(finite, new_mean, self.moving_mean)
             new_variance = np.where(finite, new_variance, self.moving_variance)
+        self._assign(new_mean, new_variance)
+
+    def _factor(self) -> float:
+        """Return the weight of the next batch."""
+        return _moving.factor(self._decay, self.num_updates + 1, self.zero_debias)
+
+    def _assign(self, new_mean: Array, new_variance: Array) -> None:
         self.moving_mean[...] = new_mean
         self.moving_variance[...] = new_variance
         self.num_updates += 1

@@ -42,6 +42,11 @@ _ELEMENTS = {
 }
 
 
+def stat_dtype(x: Array) -> np.dtype[Any]:
+    """Return the dtype of the statistics of x."""
+    return _ELEMENTS[x.dtype][1]
+
+
 def _plain(operation: str, argument: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         fix = "Pass its .data, and weights= with 0 for each position to leave out."
