@@ -102,7 +102,9 @@ class Network:
             try:
                 self.saver.save(self.session, str(path), write_meta_graph=False, write_state=False)
             except tf.errors.OpError as error:  # a full disk, in TensorFlow's words
-                raise OSError(error.message.partition("\n")[0]) from error
+                # The reason is one line; before it may stand where, and after it which node.
+                reason = error.message.partition("\n\t [[")[0].splitlines()[-1]
+                raise OSError(reason) from error
 
     @classmethod
     def load(cls, path: Path) -> Network:
