@@ -124,7 +124,7 @@ ARRAYS = [
         )
         for bad in ("int64", "uint8", "bool", "complex64", "object", "longdouble", "datetime64[s]")
     ),
-    Row(FUSED, "x", TypeError, ("int64", "numpy.asarray"), lambda: fused(X.astype(np.int64))),
+    Row(FUSED, "x", TypeError, ("int64", "to float32"), lambda: fused(X.astype(np.int64))),
     # x of a kind that is no array
     *(
         Row(operation, argument, TypeError, ("NumPy array", kind), lambda f=f, v=value: f(v))

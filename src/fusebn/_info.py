@@ -14,7 +14,7 @@ _SUPPORT = {
     "torch": "none in this version",
     "jax": "none in this version",
     "keras": "none in this version",
-    "tensorflow": "native op and composite; `import fusebn.tensorflow` tells which, and why",
+    "tensorflow": "native op and composite; info() after `import fusebn.tensorflow` tells which",
 }
 
 # tensorflow-cpu and its like install the same package.

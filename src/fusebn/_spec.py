@@ -51,7 +51,7 @@ def element_type(operation: str, argument: str, dtype: str) -> int:
             argument,
             f"be an array of {', '.join(ELEMENT_TYPES)}",
             f"dtype {dtype}",
-            "Convert it first, as by numpy.asarray(..., dtype='float32')."
+            "Convert it first, for instance to float32."
             if dtype.startswith(("int", "uint", "bool"))
             else "",
         )
