@@ -92,7 +92,7 @@ FUSEBN_INLINE int64_t run_length(Block b, int64_t p, int64_t left, int64_t longe
 // Whether `reduce` should read the rows of a block in two streams: see reduce_rows.
 template <class T>
 bool in_two_streams(Block b) {
-  constexpr int64_t kLongRow = 1024;
+  constexpr int64_t kLongRow = 1024;  // bytes; in shorter rows tile after tile is nearly one stream
   constexpr bool kWide = sizeof(T) == sizeof(Stat<T>);  // 16-bit elements: arithmetic is the limit
   return kWide && b.inner == 1 && b.channels * int64_t(sizeof(T)) >= kLongRow &&
          b.elements() * int64_t(sizeof(T)) >= streaming_bytes();
@@ -135,7 +135,8 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
       sum_v[j] = load(v + at - c0, Full{});
       k[j] = local.constants(at, lanes);
     }
-    // One load instruction a stream: by it the hardware tells them apart.
+    // Not unrolled: the hardware tells streams apart by their load instructions, and narrow rows take a
+    // fifth longer with one for each row.
 #pragma GCC unroll 1
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < width; ++j) {
@@ -244,7 +245,7 @@ struct Folded {
 // Elements of one task. Small enough to be shared out evenly, large enough (256 KiB of float) that
 // claiming it costs nothing.
 inline constexpr int64_t kMapElements = 65536;
-inline constexpr int64_t kMapAhead = 2048;  // elements
+inline constexpr int64_t kMapAhead = 2048;  // elements; half of it is too few, twice it gains nothing
 
 // In rows the constants are laid out again and again until a pattern is this long: most vectors then
 // need not ask whether it has come to its end.
