@@ -13,7 +13,7 @@ from typing import Any as _Any
 
 from fusebn import _core, _spec, memory
 from fusebn._dispatch import adapter_of as _adapter_of
-from fusebn._info import cache_sizes as _cache_sizes
+from fusebn._info import cache_share as _cache_share
 from fusebn._info import info as _info
 from fusebn._info import physical_memory as _physical_memory
 from fusebn._layer import BatchNorm
@@ -761,6 +761,6 @@ def _read_environment() -> None:
         _spec.fail(ValueError, "import fusebn", "FUSEBN_INSTRUCTION_SET", expected, repr(name))
 
 
-if _caches := _cache_sizes():
-    _core.set_streaming_bytes(max(_caches.values()) // 3)
+if _share := _cache_share():
+    _core.set_streaming_bytes(_share)
 _read_environment()

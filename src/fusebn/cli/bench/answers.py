@@ -113,12 +113,16 @@ class Truth:
         # dy and xhat have magnitude 1: so have the means of |g| and |g xhat|.
         magnitude = np.abs(at.scale) * rstd[at.channel] * (np.abs(g) + 1 + np.abs(at.xhat))
         dresidual = g, np.abs(at.dy)
+        unit = ULPS["float32"] * float(np.finfo(np.float32).eps)
         if verb.activation:
-            # Where the preactivation is within rounding of 0, its sign is anybody's guess.
+            # Where the preactivation is within rounding of 0, its sign is anybody's guess, and
+            # through the sums that of one element is felt by its whole channel.
+            doubt_g, doubt_x = sums.doubt, rstd * sums.doubt_x
+            felt = doubt_g[at.channel] + np.abs(at.xhat) * doubt_x[at.channel]
+            magnitude += np.abs(at.scale) * rstd[at.channel] * felt / (self.count * unit)
             band = PEER[self.case.dtype] if peer else KINK
             doubt = np.where(np.abs(z) < band * (1 + np.abs(z)), np.inf, 1)
             magnitude, dresidual = magnitude * doubt, (g, np.abs(at.dy) * doubt)
-        unit = ULPS["float32"] * float(np.finfo(np.float32).eps)
         expected = {
             "dx": (dx, magnitude),
             "dscale": (rstd * sums.g_x, self.count + rstd * sums.doubt_x / unit),
