@@ -35,10 +35,14 @@ namespace nanobind::detail {
 
 template <bool writable>
 struct type_caster<Address<writable>> {
-  NB_TYPE_CASTER(Address<writable>, const_name("array or None"))
+  NB_TYPE_CASTER(Address<writable>, const_name("array, address or None"))
 
   bool from_python(handle source, uint8_t, cleanup_list*) noexcept {
     if (source.is_none()) return true;
+    if (PyLong_CheckExact(source.ptr())) {  // an address already: a PyTorch tensor's data_ptr()
+      value.data = PyLong_AsVoidPtr(source.ptr());
+      return true;
+    }
     if (PyObject_GetBuffer(source.ptr(), &view, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0))) {
       PyErr_Clear();
       return false;
@@ -111,8 +115,9 @@ double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x
 
 void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x,
                  bool training, In mean, In variance, In weights, In scale, In offset, In residual,
-                 int activation, double epsilon, In dmean, In dvariance, Out dx, Out dresidual,
-                 Out dscale, Out doffset) {
+                 int activation, double epsilon, In dmean, In dvariance, double correction,
+                 double factor, Out dx, Out dresidual, Out dscale, Out doffset, Out dgiven_mean,
+                 Out dgiven_variance) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
     using S = Stat<T>;
@@ -130,15 +135,61 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                  .epsilon = epsilon,
                  .dmean = dmean.as<S>(),
                  .dvariance = dvariance.as<S>(),
-                 .correction = 0,
-                 .factor = 1,
+                 .correction = correction,
+                 .factor = factor,
                  .dx = dx.as<T>(),
                  .dresidual = dresidual.as<T>(),
                  .dscale = dscale.as<S>(),
                  .doffset = doffset.as<S>(),
-                 .dgiven_mean = nullptr,
-                 .dgiven_variance = nullptr},
+                 .dgiven_mean = dgiven_mean.as<S>(),
+                 .dgiven_variance = dgiven_variance.as<S>()},
                 pool());
+  });
+}
+
+// The verbs one by one, for those who bring devices together between them.
+
+void py_normalize(int type, int64_t outer, int64_t channels, int64_t inner, In x, In mean, In rstd,
+                  In scale, In offset, In residual, int activation, Out y) {
+  nb::gil_scoped_release released;
+  with_type(type, [&]<class T>() {
+    using S = Stat<T>;
+    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
+                                         scale.as<S>(),       offset.as<S>(),
+                                         residual.as<T>(),    Activation(activation)};
+    verbs<T>().normalize(x.as<T>(), {outer, channels, inner}, normalization, y.as<T>(), pool());
+  });
+}
+
+void py_backward_sums(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x,
+                      In mean, In rstd, In scale, In offset, In residual, int activation, Out sum_g,
+                      Out sum_g_x) {
+  nb::gil_scoped_release released;
+  with_type(type, [&]<class T>() {
+    using S = Stat<T>;
+    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
+                                         scale.as<S>(),       offset.as<S>(),
+                                         residual.as<T>(),    Activation(activation)};
+    verbs<T>().backward_sums(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
+                             sum_g.as<double>(), sum_g_x.as<double>(), pool());
+  });
+}
+
+void py_backward(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x, In mean,
+                 In rstd, In weights, In scale, In offset, In residual, int activation,
+                 double count, In sum_g, In sum_g_x, In dmean, In dvariance, Out dx,
+                 Out dresidual) {
+  nb::gil_scoped_release released;
+  with_type(type, [&]<class T>() {
+    using S = Stat<T>;
+    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
+                                         scale.as<S>(),       offset.as<S>(),
+                                         residual.as<T>(),    Activation(activation)};
+    const StatisticsGradient statistics{count, sum_g.as<double>(), sum_g_x.as<double>(),
+                                        dmean.as<double>(), dvariance.as<double>()};
+    verbs<T>().backward(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
+                        sum_g.data ? &statistics : nullptr, weights.as<S>(), dx.as<T>(),
+                        dresidual.as<T>(), pool());
   });
 }
 
@@ -196,8 +247,21 @@ NB_MODULE(_core, m) {
   m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),
-        nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"), array("dx"),
-        array("dresidual"), array("dscale"), array("doffset"));
+        nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"),
+        nb::arg("correction"), nb::arg("factor"), array("dx"), array("dresidual"), array("dscale"),
+        array("doffset"), array("dgiven_mean"), array("dgiven_variance"));
+  m.def("normalize", &py_normalize, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
+        nb::arg("inner"), array("x"), array("mean"), array("rstd"), array("scale"),
+        array("offset"), array("residual"), nb::arg("activation"), array("y"));
+  m.def("backward_sums", &py_backward_sums, nb::arg("type"), nb::arg("outer"),
+        nb::arg("channels"), nb::arg("inner"), array("dy"), array("x"), array("mean"),
+        array("rstd"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
+        array("sum_g"), array("sum_g_x"));
+  m.def("backward", &py_backward, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
+        nb::arg("inner"), array("dy"), array("x"), array("mean"), array("rstd"), array("weights"),
+        array("scale"), array("offset"), array("residual"), nb::arg("activation"),
+        nb::arg("count"), array("sum_g"), array("sum_g_x"), array("dmean"), array("dvariance"),
+        array("dx"), array("dresidual"));
   m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"));
   m.def("streaming_bytes", &streaming_bytes);
   m.def("set_streaming_bytes", &set_streaming_bytes, nb::arg("bytes"));

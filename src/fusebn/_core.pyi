@@ -1,10 +1,13 @@
-"""The C++ core: see csrc/bindings/python.cpp. Arrays are dense and checked; None is null."""
+"""The C++ core: see csrc/bindings/python.cpp.
+
+Arrays are dense and checked, or the address of what is; None is null.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
 
-_In = NDArray[np.generic] | None
-_Out = NDArray[np.generic] | None
+_In = NDArray[np.generic] | int | None
+_Out = NDArray[np.generic] | int | None
 
 def moments(
     type: int, outer: int, channels: int, inner: int, x: _In, weights: _In, mean: _Out, m2: _Out
@@ -49,10 +52,66 @@ def gradient(
     epsilon: float,
     dmean: _In,
     dvariance: _In,
+    correction: float,
+    factor: float,
     dx: _Out,
     dresidual: _Out,
     dscale: _Out,
     doffset: _Out,
+    dgiven_mean: _Out,
+    dgiven_variance: _Out,
+) -> None: ...
+def normalize(
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    x: _In,
+    mean: _In,
+    rstd: _In,
+    scale: _In,
+    offset: _In,
+    residual: _In,
+    activation: int,
+    y: _Out,
+) -> None: ...
+def backward_sums(
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    dy: _In,
+    x: _In,
+    mean: _In,
+    rstd: _In,
+    scale: _In,
+    offset: _In,
+    residual: _In,
+    activation: int,
+    sum_g: _Out,
+    sum_g_x: _Out,
+) -> None: ...
+def backward(
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    dy: _In,
+    x: _In,
+    mean: _In,
+    rstd: _In,
+    weights: _In,
+    scale: _In,
+    offset: _In,
+    residual: _In,
+    activation: int,
+    count: float,
+    sum_g: _In,
+    sum_g_x: _In,
+    dmean: _In,
+    dvariance: _In,
+    dx: _Out,
+    dresidual: _Out,
 ) -> None: ...
 def floor(kind: int, a: _In, b: _In, out: _Out, n: int) -> None: ...
 def streaming_bytes() -> int: ...

@@ -363,10 +363,14 @@ def gradient(
         epsilon,
         dmean,
         dvariance,
+        0.0,
+        1.0,
         dx,
         dresidual,
         dscale,
         doffset,
+        None,
+        None,
     )
     return FusedBatchNormGrad(dx, dscale, doffset, dresidual)
 
