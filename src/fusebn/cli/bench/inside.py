@@ -48,9 +48,13 @@ def gradient_into(
         EPSILON,
         None,
         None,
+        0.0,
+        1.0,
         dx,
         dresidual,
         dscale,
         doffset,
+        None,
+        None,
     )
     return dscale, doffset
