@@ -68,6 +68,14 @@ ADAPTER_ARROWS = {
         "_variables": {"_spec"},
         "_autograph": set(),
     },
+    "torch": {
+        "__init__": {"_spec", "functional"},
+        "functional": {"_arguments", "_ops", "_portable", "_spec"},
+        "_ops": {"_arguments", "_core", "_native", "_portable", "_spec", "memory"},
+        "_native": {"_arguments", "_portable", "_spec"},
+        "_arguments": {"_spec"},
+        "_portable": set(),
+    },
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
 

@@ -19,18 +19,13 @@ import torch
 from torch import Tensor
 
 from fusebn import _core, _spec, memory
-from fusebn.torch import _portable
+from fusebn.torch import _native, _portable
+from fusebn.torch._arguments import ELEMENTS, stat_type
 from fusebn.torch._portable import BatchNorm, Gradient, Options
 
 # ---- tensors as blocks ----
 
-_ELEMENTS = {getattr(torch, name): code for name, code in _spec.ELEMENT_TYPES.items()}
 _ACTIVATIONS = {name or "identity": code for name, code in _spec.ACTIVATIONS.items()}
-
-
-def stat_type(x: Tensor) -> torch.dtype:
-    """Return the dtype of the statistics of x."""
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -65,6 +60,11 @@ def _block(y: Tensor, axis: int) -> tuple[int, int, int]:
 
 def _positions(y: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Lay out weights in the order of y's memory, one for each position."""
+    if weights.numel():
+        least, most = (bound.item() for bound in weights.aminmax())
+        if not (least >= 0 and most < math.inf):
+            got = f"{least if least < 0 else most}"
+            _spec.fail(ValueError, "batch_norm", "weights", "be finite and not negative", got)
     shape = [1 if i == axis else n for i, n in enumerate(y.shape)]
     order = sorted(range(y.ndim), key=lambda i: -y.stride(i))
     return weights.expand(shape).permute(order).contiguous()
@@ -111,7 +111,7 @@ def _forward(
         weights = _positions(y, weights, axis)
     _threads()
     count = _core.forward(
-        _ELEMENTS[x.dtype],
+        ELEMENTS[x.dtype],
         *_block(y, axis),
         x.data_ptr(),
         training,
@@ -164,7 +164,7 @@ def _gradient(
         weights = _positions(dx, weights, axis)
     _threads()
     _core.gradient(
-        _ELEMENTS[x.dtype],
+        ELEMENTS[x.dtype],
         *_block(dx, axis),
         dy.data_ptr(),
         x.data_ptr(),
@@ -549,6 +549,8 @@ def batch_norm(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, mean and variance, all differentiable."""
+    if not x.is_cpu:
+        return _native.batch_norm(x, scale, offset, mean, variance, residual, weights, options)
     if not _is_plain(x):
         tensors = (x, scale, offset, mean, variance, residual, weights)
         y, mean, variance, *_ = torch.ops.fusebn.batch_norm(*tensors, **options._asdict())
@@ -577,6 +579,10 @@ def batch_norm_updating(
 
     A batch of count 0 leaves them as they are.
     """
+    if not x.is_cpu:
+        return _native.batch_norm_updating(
+            x, scale, offset, mean, variance, residual, weights, options
+        )
     updates = options.training and mean is not None
     # The core reads and writes them as they lie. With factor 1 it would not read what was given,
     # and write NaN for a batch of count 0.
@@ -618,7 +624,8 @@ def _updating_through_op(
         x, scale, offset, *given, residual, weights, **options._asdict()
     )
     if updates:
-        assert mean is not None and variance is not None
+        assert mean is not None
+        assert variance is not None
         with torch.no_grad():
             for old, new in zip((mean, variance), returned, strict=True):
                 new = new.detach().to(old.dtype)

@@ -1,0 +1,93 @@
+"""The ops on devices for which there are no kernels here: PyTorch's own, one after the other.
+
+`torch.nn.functional.batch_norm` normalizes, then the residual is added, then the activation
+follows. What PyTorch's kernels cannot do, weights, is refused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fusebn import _spec
+from fusebn.torch._arguments import stat_type
+from fusebn.torch._portable import ACTIVATIONS, Options
+
+
+def batch_norm(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `_ops.batch_norm` does."""
+    y = _normalized(x, scale, offset, mean, variance, residual, weights, options)
+    if not options.training:
+        assert mean is not None
+        assert variance is not None
+        return y, mean.clone(), variance.clone()
+    return y, *_returned(x, mean, variance, options)
+
+
+def batch_norm_updating(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Do what `_ops.batch_norm_updating` does."""
+    y = _normalized(x, scale, offset, mean, variance, residual, weights, options)
+    if options.training and mean is not None and variance is not None and x.numel():
+        with torch.no_grad():
+            for old, new in zip(
+                (mean, variance), _returned(x, mean, variance, options), strict=True
+            ):
+                old.copy_(new)
+    return y
+
+
+def _normalized(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+) -> Tensor:
+    if weights is not None:
+        got = f"one on {x.device.type}"
+        _spec.fail(
+            NotImplementedError, "batch_norm", "weights", "be None but on a CPU", got,
+            "Move x to the CPU, or leave the positions out of x.",
+        )  # fmt: skip
+    if options.training:
+        mean = variance = None
+    front = x.movedim(options.axis, 1) if x.ndim > 1 else x.unsqueeze(0)
+    y = F.batch_norm(front, mean, variance, scale, offset, options.training, 0.0, options.epsilon)
+    y = y.movedim(1, options.axis) if x.ndim > 1 else y.squeeze(0)
+    return ACTIVATIONS[options.activation](y if residual is None else y + residual)
+
+
+def _returned(x: Tensor, mean: Any, variance: Any, options: Options) -> tuple[Tensor, Tensor]:
+    """Return the statistics of the batch, mixed into the given ones."""
+    axes = [axis for axis in range(x.ndim) if axis != options.axis]
+    n = x.numel() // max(x.shape[options.axis], 1)
+    correction = options.correction if n > options.correction else 0
+    wide = x.to(stat_type(x))
+    new_variance, new_mean = torch.var_mean(wide, axes, correction=correction)
+    if mean is None or options.factor == 1:
+        return new_mean, new_variance
+    mixed = (torch.lerp(old.to(new.dtype), new, options.factor)
+             for old, new in ((mean, new_mean), (variance, new_variance)))  # fmt: skip
+    return tuple(mixed)  # type: ignore[return-value]

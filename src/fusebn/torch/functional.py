@@ -1,0 +1,236 @@
+"""``torch.nn.functional.batch_norm``, and what surrounds it in the same pass.
+
+PyTorch's words and errors for PyTorch's arguments; ours for the others.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusebn import _spec
+from fusebn.torch import _ops, _portable
+from fusebn.torch._arguments import ELEMENTS, position_weights, stat_type
+from fusebn.torch._portable import Options
+
+__all__ = ["batch_norm"]
+
+_OPERATION = "batch_norm"
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    weights: Tensor | None = None,
+    axis: int = 1,
+    correction: float = 1,
+) -> Tensor:
+    """Normalize each channel, as ``torch.nn.functional.batch_norm`` does, and what surrounds it.
+
+    ::
+
+        y = activation((input - m) / sqrt(v + eps) * weight + bias + residual)
+
+    In training m and v are the batch's, ``v = sum((input - m)**2) / n``, and what was running
+    moves towards them: ``running = (1 - momentum) * running + momentum * batch``. Otherwise they
+    are the running ones.
+
+    Parameters
+    ----------
+    input : Tensor of float16, bfloat16, float32 or float64
+        Of any rank that has the axis, in any memory order: y lies as it does.
+    running_mean, running_var : Tensor of shape (channels,), or None
+        Needed unless `training`, where they are changed in place. None there: nobody asks.
+    weight, bias : Tensor of shape (channels,), or None
+        None means 1 and 0. They, and what is running, have the dtype of `input` or float32.
+    training : bool
+        Whether the batch's statistics normalize, or the running ones.
+    momentum : float
+        Weight of the batch in what is running.
+    eps : float
+        Added to the variance: positive in training, else not negative.
+    residual : Tensor of the shape of input, optional
+        Added before the activation. If its dtype is another, the sum has the type that PyTorch
+        gives it, and is not fused.
+    activation : None, "relu", "relu6", "leaky_relu", "silu" or "gelu"
+        leaky_relu has slope 0.01 below 0; gelu is the exact one.
+    weights : Tensor, optional
+        One non-negative real for each position, in the shape of `input` without the channels (or
+        with length 1 there), or broadcasting to it. They weigh the statistics; a position of
+        weight 0 is left out of them, even if it holds NaN.
+    axis : int
+        Where the channels are.
+    correction : float
+        What is taken from n in the divisor of the variance that moves `running_var`.
+
+    Returns
+    -------
+    Tensor of the shape and dtype of input
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As PyTorch, with PyTorch's text, for PyTorch's arguments: above all, a training batch of
+        one value per channel is a ValueError. In our own words for the rest.
+    NotImplementedError
+        `weights` on another device than the CPU.
+
+    Notes
+    -----
+    As ``torch.nn.functional.batch_norm``; the arguments after the star are ours:
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.batch_norm.html
+
+    Gradients flow to every tensor but, in training, what is running. An empty batch, or one whose
+    weights are all 0, leaves what is running as it is.
+
+    References
+    ----------
+    Ioffe and Szegedy, "Batch Normalization", 2015, https://arxiv.org/abs/1502.03167
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fusebn.torch as fbt
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0]])
+    >>> mean, var = torch.zeros(2), torch.ones(2)
+    >>> fbt.batch_norm(x, mean, var, training=True, activation="relu")
+    tensor([[0., 0.],
+            [1., 0.]])
+    >>> mean, var
+    (tensor([0.2000, 1.0000]), tensor([1.1000, 0.9000]))
+    """
+    _check_tensors(input, weight, bias, running_mean, running_var, training, momentum)
+    axis = _spec.axis_of(_OPERATION, "axis", axis, tuple(input.shape))
+    channels = input.shape[axis]
+    if training:
+        _check_training(input, axis, eps)
+    elif not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    _check_running(running_mean, running_var, training)
+    weight = _vector("weight", weight, input, channels)
+    bias = _vector("bias", bias, input, channels)
+    _check_running_vector("running_mean", running_mean, input, channels)
+    _check_running_vector("running_var", running_var, input, channels)
+    _spec.activation(_OPERATION, activation)
+    correction = _spec.non_negative(_OPERATION, "correction", correction)
+    if weights is not None:
+        weights = position_weights(_OPERATION, "weights", weights, input, {axis})
+    # A factor other than 1 mixes, which takes something to mix into.
+    factor = momentum if running_mean is not None else 1.0
+    name = activation or "identity"
+    if residual is not None and not _joins(residual, input):
+        options = Options(training, axis, eps, correction, factor, "identity")
+        y = _ops.batch_norm_updating(
+            input, weight, bias, running_mean, running_var, None, weights, options
+        )
+        return _portable.ACTIVATIONS[name](y + residual)
+    options = Options(training, axis, eps, correction, factor, name)
+    return _ops.batch_norm_updating(
+        input, weight, bias, running_mean, running_var, residual, weights, options
+    )
+
+
+# ---- what PyTorch checks, in its words ----
+
+
+def _check_tensors(
+    input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, momentum: Any
+) -> None:
+    """Check what PyTorch's parser of arguments does."""
+    arguments = (input, weight, bias, mean, var)
+    for i, (name, value) in enumerate(zip(_TENSORS, arguments, strict=True)):
+        if not isinstance(value, Tensor) and (value is not None or i == 0):
+            _wrong_kind(name, i + 1, "Tensor", value)
+    if not isinstance(training, bool):
+        _wrong_kind("training", 6, "bool", training)
+    if not isinstance(momentum, float | int):
+        _wrong_kind("momentum", 7, "float", momentum)
+    if input.dtype not in ELEMENTS:
+        kind = input.new_empty(0).type().removeprefix("torch.").removesuffix("Tensor")
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{kind}'")
+
+
+_TENSORS = ("input", "weight", "bias", "running_mean", "running_var")
+
+
+def _wrong_kind(name: str, position: int, expected: str, value: object) -> None:
+    raise TypeError(
+        f"batch_norm(): argument '{name}' (position {position}) must be {expected}, "
+        f"not {type(value).__name__}"
+    )
+
+
+def _check_training(input: Tensor, axis: int, eps: float) -> None:
+    others = [n for i, n in enumerate(input.shape) if i != axis]
+    if math.prod(others) == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {input.shape}"
+        )
+    if not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def _check_running(mean: Tensor | None, var: Tensor | None, training: bool) -> None:
+    if training and (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    for name, value in (("running_mean", mean), ("running_var", var)):
+        if value is None and not training:
+            raise RuntimeError(f"{name} must be defined in evaluation mode")
+        if value is not None and training and value.requires_grad:
+            raise RuntimeError(
+                f"The function 'batch_norm' is not differentiable with respect to argument "
+                f"'{name}'. This input cannot have requires_grad True."
+            )
+
+
+def _vector(name: str, value: Tensor | None, input: Tensor, channels: int) -> Tensor | None:
+    """Return a parameter as the vector that the ops take."""
+    _check_vector(name, value, input, channels)
+    if value is None:
+        return None
+    value = value if value.ndim == 1 else value.reshape(-1)
+    return value.to(stat_type(input))
+
+
+def _check_vector(name: str, value: Tensor | None, input: Tensor, channels: int) -> None:
+    if value is None:
+        return
+    if value.numel() != channels:
+        raise RuntimeError(f"{name} should contain {channels} elements not {value.numel()}")
+    if value.dtype not in (input.dtype, stat_type(input)):
+        expected = "Double" if input.dtype is torch.float64 else "Float"
+        raise RuntimeError(
+            f"mixed dtype (CPU): expect parameter to have scalar type of {expected}, "
+            f"but {name} is {value.dtype} and input {input.dtype}"
+        )
+    if value.device != input.device:
+        raise RuntimeError(
+            f"Tensor on device {value.device} is not on the expected device {input.device}!"
+        )
+
+
+def _check_running_vector(name: str, value: Tensor | None, input: Tensor, channels: int) -> None:
+    _check_vector(name, value, input, channels)
+    if value is not None and value.ndim != 1:
+        raise RuntimeError(f"{name} expected 1 dims but tensor has {value.ndim}")
+
+
+# ---- what is ours ----
+
+
+def _joins(residual: Any, input: Tensor) -> bool:
+    """Say whether the residual can be added in the same pass."""
+    if not isinstance(residual, Tensor):
+        _spec.fail(TypeError, _OPERATION, "residual", "be a tensor", type(residual).__name__)
+    _spec.same_shape(_OPERATION, "residual", tuple(residual.shape), tuple(input.shape), "input")
+    return residual.dtype is input.dtype
