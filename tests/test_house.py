@@ -69,7 +69,8 @@ ADAPTER_ARROWS = {
         "_autograph": set(),
     },
     "torch": {
-        "__init__": {"_spec", "functional"},
+        "__init__": {"_spec", "functional", "modules"},
+        "modules": {"_spec", "functional"},
         "functional": {"_arguments", "_ops", "_portable", "_spec"},
         "_ops": {"_arguments", "_core", "_native", "_portable", "_spec", "memory"},
         "_native": {"_arguments", "_portable", "_spec"},

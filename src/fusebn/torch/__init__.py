@@ -1,6 +1,7 @@
 """Batch normalization for PyTorch: its own functions and modules, on fused kernels.
 
-`functional` has ``torch.nn.functional.batch_norm`` and what can be done in the same pass.
+`functional` has ``torch.nn.functional.batch_norm`` and what can be done in the same pass,
+`modules` the same as PyTorch's modules.
 """
 
 from fusebn import _spec
@@ -13,5 +14,21 @@ except ModuleNotFoundError as error:
     _spec.missing("fusebn.torch", "torch")
 
 from fusebn.torch.functional import batch_norm
+from fusebn.torch.modules import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
 
-__all__ = ["batch_norm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "batch_norm",
+]
