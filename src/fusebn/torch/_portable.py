@@ -30,6 +30,14 @@ class Options(NamedTuple):
     activation: str  # "identity" for none
 
 
+class Moments(NamedTuple):
+    """Statistics over some axes, all in float64."""
+
+    count: Tensor  # sum of the weights
+    mean: Tensor
+    m2: Tensor  # sum of weight * (x - mean)^2
+
+
 class BatchNorm(NamedTuple):
     """What `batch_norm` returns, here and in `_ops`."""
 

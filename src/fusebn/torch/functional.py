@@ -4,6 +4,8 @@ PyTorch's words and errors for PyTorch's arguments; ours for the others.
 """
 
 import math
+from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import torch
@@ -104,60 +106,92 @@ def batch_norm(
     >>> x = torch.tensor([[1.0, 10.0], [3.0, 10.0]])
     >>> mean, var = torch.zeros(2), torch.ones(2)
     >>> fbt.batch_norm(x, mean, var, training=True, activation="relu")
-    tensor([[0., 0.],
-            [1., 0.]])
+    tensor([[0.0000, 0.0000],
+            [1.0000, 0.0000]])
     >>> mean, var
     (tensor([0.2000, 1.0000]), tensor([1.1000, 0.9000]))
     """
-    _check_tensors(input, weight, bias, running_mean, running_var, training, momentum)
-    axis = _spec.axis_of(_OPERATION, "axis", axis, tuple(input.shape))
-    channels = input.shape[axis]
+    # A factor other than 1 mixes, which takes something to mix into.
+    factor = momentum if running_mean is not None else 1.0
+    if weights is None and _ops.is_plain(input):
+        try:
+            options = _options(training, input.ndim, axis, eps, correction, factor, activation)
+        except TypeError:
+            pass  # something is of the wrong kind, or cannot be hashed: see below
+        else:
+            y = _ops.short_way(input, weight, bias, running_mean, running_var, residual, options)
+            if y is not None:
+                return y
+
+    _check_tensors(input, weight, bias, running_mean, running_var)
+    options = _options.__wrapped__(training, input.ndim, axis, eps, correction, factor, activation)
     if training:
-        _check_training(input, axis, eps)
-    elif not eps >= 0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+        _check_size(input, options.axis)
     _check_running(running_mean, running_var, training)
+    channels = input.shape[options.axis]
     weight = _vector("weight", weight, input, channels)
     bias = _vector("bias", bias, input, channels)
     _check_running_vector("running_mean", running_mean, input, channels)
     _check_running_vector("running_var", running_var, input, channels)
-    _spec.activation(_OPERATION, activation)
-    correction = _spec.non_negative(_OPERATION, "correction", correction)
     if weights is not None:
-        weights = position_weights(_OPERATION, "weights", weights, input, {axis})
-    # A factor other than 1 mixes, which takes something to mix into.
-    factor = momentum if running_mean is not None else 1.0
-    name = activation or "identity"
+        weights = position_weights(_OPERATION, "weights", weights, input, {options.axis})
+    tensors = (input, weight, bias, running_mean, running_var)
     if residual is not None and not _joins(residual, input):
-        options = Options(training, axis, eps, correction, factor, "identity")
-        y = _ops.batch_norm_updating(
-            input, weight, bias, running_mean, running_var, None, weights, options
-        )
-        return _portable.ACTIVATIONS[name](y + residual)
-    options = Options(training, axis, eps, correction, factor, name)
-    return _ops.batch_norm_updating(
-        input, weight, bias, running_mean, running_var, residual, weights, options
+        plain = options._replace(activation="identity")
+        y = _ops.batch_norm_updating(*tensors, None, weights, plain)
+        return _portable.ACTIVATIONS[options.activation](y + residual)
+    return _ops.batch_norm_updating(*tensors, residual, weights, options)
+
+
+@lru_cache(maxsize=1024, typed=True)  # a network calls with the same few again and again
+def _options(
+    training: Any, rank: int, axis: Any, eps: Any, correction: Any, factor: Any, activation: Any
+) -> Options:
+    """Check what is no tensor."""
+    for name, position, kind, value in (
+        ("training", 6, bool, training),
+        ("momentum", 7, float, factor),
+        ("eps", 8, float, eps),
+    ):
+        if not isinstance(value, (kind, int) if kind is float else kind):
+            _wrong_kind(name, position, kind.__name__, value)
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    if not eps >= 0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if not isinstance(correction, Real):
+        _spec.fail(TypeError, _OPERATION, "correction", "be a real number", repr(correction))
+    _spec.activation(_OPERATION, activation)
+    return Options(
+        training,
+        _axis(axis, rank),
+        float(eps),
+        _spec.non_negative(_OPERATION, "correction", correction),
+        float(factor),
+        activation or "identity",
     )
+
+
+def _axis(axis: Any, rank: int) -> int:
+    index = _spec.integer(_OPERATION, "axis", axis)
+    if not -rank <= index < rank:
+        expected = f"lie in [{-rank}, {rank})" if rank else "name an axis, and input has none"
+        _spec.fail(ValueError, _OPERATION, "axis", expected, f"{index} for input of rank {rank}")
+    return index % rank
 
 
 # ---- what PyTorch checks, in its words ----
 
 
-def _check_tensors(
-    input: Any, weight: Any, bias: Any, mean: Any, var: Any, training: Any, momentum: Any
-) -> None:
+def _check_tensors(input: Any, weight: Any, bias: Any, mean: Any, var: Any) -> None:
     """Check what PyTorch's parser of arguments does."""
     arguments = (input, weight, bias, mean, var)
     for i, (name, value) in enumerate(zip(_TENSORS, arguments, strict=True)):
         if not isinstance(value, Tensor) and (value is not None or i == 0):
             _wrong_kind(name, i + 1, "Tensor", value)
-    if not isinstance(training, bool):
-        _wrong_kind("training", 6, "bool", training)
-    if not isinstance(momentum, float | int):
-        _wrong_kind("momentum", 7, "float", momentum)
     if input.dtype not in ELEMENTS:
         kind = input.new_empty(0).type().removeprefix("torch.").removesuffix("Tensor")
-        raise NotImplementedError(f"\"batch_norm\" not implemented for '{kind}'")
+        raise NotImplementedError(f'"batch_norm" not implemented for {kind!r}')
 
 
 _TENSORS = ("input", "weight", "bias", "running_mean", "running_var")
@@ -170,14 +204,11 @@ def _wrong_kind(name: str, position: int, expected: str, value: object) -> None:
     )
 
 
-def _check_training(input: Tensor, axis: int, eps: float) -> None:
-    others = [n for i, n in enumerate(input.shape) if i != axis]
-    if math.prod(others) == 1:
+def _check_size(input: Tensor, axis: int) -> None:
+    if math.prod(n for i, n in enumerate(input.shape) if i != axis) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
-    if not eps > 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
 def _check_running(mean: Tensor | None, var: Tensor | None, training: bool) -> None:
