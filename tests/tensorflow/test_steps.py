@@ -12,15 +12,17 @@ from click.testing import CliRunner, Result
 
 from fusebn.cli.bench import bench, command
 from fusebn.cli.bench.answers import Answer, sampled
-from fusebn.cli.bench.cases import RESNET50, STEPS, VERBS, Case, Step, data_of
+from fusebn.cli.bench.cases import RESNET50, VERBS, Case, data_of
 from fusebn.cli.bench.machine import file_stem, machine
 from fusebn.cli.bench.ours import Ours
 from fusebn.cli.bench.runner import Plan
-from fusebn.cli.bench.steps import StepRecord, StepResults, measure, summary
+from fusebn.cli.bench.steps import Crew, StepRecord, StepResults, measure, summary
 from fusebn.cli.bench.steps_report import markdown
+from fusebn.cli.bench.suites import TENSORFLOW, Step
 from fusebn.cli.bench.worker import Worker, memories
 
 SHAPES = ("2x3x3x4", "3x5x6")
+STEPS = TENSORFLOW.steps
 
 
 def run(*arguments: object) -> Result:
@@ -75,8 +77,8 @@ class Planted:
 
 def measured(step: str, array: str) -> StepRecord:
     plan = Plan(SHAPES[:1], ("channels-last",), ("float32",), (), 2)
-    workers = [Planted(plan.cases()[0], step, array)]
-    [record] = measure(plan, cast(list[Worker], workers))
+    worker = cast(Worker, Planted(plan.cases()[0], step, array))
+    [record] = measure(TENSORFLOW, plan, [Crew(worker, tuple(STEPS.values()))])
     return record
 
 
@@ -106,13 +108,15 @@ def test_ratios_are_to_the_step_that_does_the_same() -> None:
 
 
 def test_means_are_geometric_and_over_the_shapes() -> None:
-    results = StepResults(machine(), "2", 2, [measured("nobody", "y"), measured("fused", "y")])
+    results = StepResults(
+        TENSORFLOW, machine(), "2", 2, [measured("nobody", "y"), measured("fused", "y")]
+    )
     [row] = summary(results)
     assert (row.shapes, row.memory) == (2, "fresh")
     assert row.over_ours == pytest.approx(
         {"fusebn": 1, "flag": 1.5, "fused": 1, "moments": 1.5, "cond": 2 / 3}
     )
-    assert "Not measured, 1 times: fused_batch_norm: y is" in markdown(results)
+    assert "Not measured, 1 times: fused_batch_norm: y is" in markdown(results, "--tensorflow")
 
 
 # ---- arguments ----

@@ -34,6 +34,26 @@ class Wrong(Exception):
     """An answer that is not worth timing."""
 
 
+class Agreement:
+    """What the answers must be where no oracle knows: the first of them, to rounding."""
+
+    def __init__(self, case: Case) -> None:
+        self._allowed, self._first = PEER[case.dtype], Answer()
+
+    def check(self, answer: Answer) -> None:
+        """Raise Wrong unless every array agrees with the one that came first."""
+        for name, array in answer.items():
+            want = self._first.setdefault(name, array).astype(np.float64)
+            error = np.abs(array.astype(np.float64) - want)
+            bad = ~(error <= self._allowed * (1 + np.abs(want)))
+            if bad.any():
+                at = int(np.argmax(bad))
+                raise Wrong(
+                    f"{name} is {float(array[at]):.6g} at {at} where the first way has "
+                    f"{float(want[at]):.6g}"
+                )
+
+
 class _Sums(NamedTuple):
     """Of every channel: of g and g * (x - mean), and of |dy| where rounding decides if g is 0."""
 

@@ -20,7 +20,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float64": np.dtype(np.float64),
 }
 USUAL_DTYPES = ("float32", "bfloat16", "float16")
-STEP_DTYPES = USUAL_DTYPES[:2]  # of training steps
 
 # Batch, extents, channels, whatever the layout: every batch norm of ResNet-50 at batch 32.
 RESNET50 = (
@@ -71,31 +70,6 @@ VERBS = {
         Verb("forward+residual+relu", activation="relu", residual=True),
         Verb("backward+relu", backward=True, activation="relu"),
         Verb("backward+residual+relu", backward=True, activation="relu", residual=True),
-    )
-}
-
-
-class Step(NamedTuple):
-    """A training step in TensorFlow: forward and backward, by one of the ways there are."""
-
-    name: str
-    title: str
-    against: str  # the step of ours that it is compared with
-
-    @property
-    def ours(self) -> bool:
-        """Whether it is this library's."""
-        return self.name in ("fusebn", "flag")
-
-
-STEPS = {
-    step.name: step
-    for step in (
-        Step("fusebn", "fusebn", "fusebn"),
-        Step("flag", "fusebn, is_training a tensor", "fusebn"),
-        Step("fused", "fused_batch_norm", "fusebn"),
-        Step("moments", "moments + batch_normalization", "fusebn"),
-        Step("cond", "fused_batch_norm, two in a cond", "flag"),
     )
 }
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -14,15 +12,12 @@ from time import perf_counter
 import click
 from rich.console import Console
 
-import fusebn
-from fusebn.cli.bench import asides, plot, report, steps, steps_report
+from fusebn.cli.bench import asides, comparison, plot, report, steps_report
 from fusebn.cli.bench.cases import (
     DTYPES,
     LAYOUTS,
     QUICK_SHAPES,
-    RESNET50,
     SHAPES,
-    STEP_DTYPES,
     USUAL_DTYPES,
     VERBS,
     parse,
@@ -31,7 +26,8 @@ from fusebn.cli.bench.machine import described, file_stem, machine
 from fusebn.cli.bench.peers import PEERS, installed
 from fusebn.cli.bench.results import Results
 from fusebn.cli.bench.runner import Plan, measure
-from fusebn.cli.bench.worker import Unable, Worker, memories
+from fusebn.cli.bench.suites import FRAMEWORKS
+from fusebn.cli.bench.worker import Unable, Worker, memories, started
 
 QUICK_SECONDS = 42  # from the start of the command; the rest of the minute is for the last case
 QUICK_PEERS = ("torch",)
@@ -66,8 +62,22 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds in which everybody has a turn.")
 @click.option(
     "--tensorflow",
-    is_flag=True,
+    "framework",
+    flag_value="tensorflow",
     help="Instead: training steps in TensorFlow, ours against its own, at ResNet-50's shapes.",
+)
+@click.option(
+    "--torch",
+    "framework",
+    flag_value="torch",
+    help="Instead: calls, layers, residual blocks and ResNet-50 in PyTorch, ours against its own.",
+)
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice([suite.part for suite in FRAMEWORKS["torch"]]),
+    help="With --torch: this alone, which has files of its own.",
 )
 @click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
 @click.option("--json", "json_path", type=_FILE, help="Write the results here.")
@@ -85,7 +95,8 @@ def bench(
     verbs: tuple[str, ...],
     peers: tuple[str, ...],
     repeats: int | None,
-    tensorflow: bool,
+    framework: str | None,
+    parts: tuple[str, ...],
     busy: bool,
     json_path: Path | None,
     plot_path: Path | None,
@@ -97,26 +108,43 @@ def bench(
     the command ends with status 1.
     """
     start = perf_counter()
-    if tensorflow:
-        _no_verbs({"--verb": verbs, "--peers": peers, "--busy": busy, "--plot": plot_path})
+    rounds = repeats or (5 if quick else 7)
+    deadline = start + QUICK_SECONDS if quick else None
+    if framework:
+        _no_verbs(
+            framework, {"--verb": verbs, "--peers": peers, "--busy": busy, "--plot": plot_path}
+        )
     elif (plot_path or out) and not find_spec("matplotlib"):
         raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
-    plan = Plan(
-        shapes or (QUICK_SHAPES if quick else RESNET50 if tensorflow else SHAPES),
-        layouts or (QUICK_LAYOUTS if quick else LAYOUTS),
-        dtypes or (QUICK_DTYPES if quick else STEP_DTYPES if tensorflow else USUAL_DTYPES),
-        verbs or tuple(VERBS),
-        repeats or (5 if quick else 7),
-        start + QUICK_SECONDS if quick else None,
-    )
+    if parts and framework != "torch":
+        raise click.UsageError("--part goes with --torch")
     console = Console(highlight=False)
     where = machine()
+    if framework:
+        wish = comparison.Wish(
+            framework, parts, shapes, layouts, dtypes, rounds, quick, deadline, json_path is None
+        )
+        plans = comparison.plans(wish)
     console.print(described(where))
     if warning := report.busy_machine(where):
         console.print(f"[yellow]{warning}[/]")
-    if tensorflow:
-        _training_steps(plan, where, json_path, out, console)
+    if framework:
+        wrong = False
+        for found in comparison.run(plans, quick, where, console):
+            page = steps_report.markdown(found, f"--{framework}")
+            ending = f"-{found.suite.name}"
+            _write(found.as_json(), page, where, ending, json_path, out, console)
+            wrong = wrong or any(record.wrong for record in found.records)
+        _end(wrong, console)
         return
+    plan = Plan(
+        shapes or (QUICK_SHAPES if quick else SHAPES),
+        layouts or (QUICK_LAYOUTS if quick else LAYOUTS),
+        dtypes or (QUICK_DTYPES if quick else USUAL_DTYPES),
+        verbs or tuple(VERBS),
+        rounds,
+        deadline,
+    )
     here = installed()
     wanted = [p for p in peers or (QUICK_PEERS if quick else here) if p != "none"]
     for peer in wanted:
@@ -125,7 +153,7 @@ def bench(
                 f"{PEERS[peer][0]} is not installed: {', '.join(PEERS[peer][1])}"
             )
     pairs = [(peer, memory) for peer in wanted if peer in here for memory in memories()]
-    with _started(pairs) as workers:
+    with started(pairs) as workers:
         results = _results(plan, workers, where, console)
     results.overhead = asides.overhead()
     if busy:
@@ -139,52 +167,14 @@ def bench(
     _end(any(record.wrong for record in results.records), console)
 
 
-def _no_verbs(options: dict[str, object]) -> None:
+def _no_verbs(framework: str, options: dict[str, object]) -> None:
     for option, given in options.items():
         if given:
-            raise click.UsageError(f"{option} does not go with --tensorflow, which has no verbs")
-    if not find_spec("tensorflow"):
+            raise click.UsageError(f"{option} does not go with --{framework}, which has no verbs")
+    if not find_spec(framework):
         raise click.UsageError(
-            "--tensorflow needs it installed: pip install 'fusebn[cli,tensorflow]'"
+            f"--{framework} needs it installed: pip install 'fusebn[cli,{framework}]'"
         )
-
-
-def _training_steps(
-    plan: Plan,
-    where: dict[str, object],
-    json_path: Path | None,
-    out: Path | None,
-    console: Console,
-) -> None:
-    with _started([(steps.PEER, memory) for memory in memories()]) as workers:
-        with console.status("importing TensorFlow"):
-            for worker in workers:
-                try:
-                    worker.wait()
-                except Unable as reason:
-                    raise click.ClickException(f"TensorFlow cannot be measured: {reason}") from None
-        results = steps.StepResults(where, workers[0].version, plan.rounds)
-        console.print(steps_report.heading())
-        for record in steps.measure(plan, workers):
-            results.records.append(record)
-            console.print(steps_report.line(record))
-    steps_report.show(results, console)
-    page = steps_report.markdown(results)
-    _write(results.as_json(), page, where, "-tensorflow", json_path, out, console)
-    _end(any(record.wrong for record in results.records), console)
-
-
-@contextmanager
-def _started(pairs: Sequence[tuple[str, str]]) -> Iterator[list[Worker]]:
-    """Start workers, each a peer with one kind of memory, and end them whatever happens."""
-    workers: list[Worker] = []
-    try:
-        for peer, memory in pairs:
-            workers.append(Worker(peer, memory, fusebn.get_num_threads()))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
 
 
 def _results(

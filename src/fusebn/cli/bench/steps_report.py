@@ -1,4 +1,4 @@
-"""The tables of training steps in TensorFlow: in the terminal, and as Markdown."""
+"""The tables of a suite of steps: in the terminal, and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,50 +9,55 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fusebn.cli.bench.cases import STEPS
 from fusebn.cli.bench.machine import described
 from fusebn.cli.bench.report import LAYOUT, busy_machine, table_rows
-from fusebn.cli.bench.steps import StepRecord, StepResults, summary
-
-# What the ratios are of: the time of a step, divided by that of ours.
-OTHERS = {name: step for name, step in STEPS.items() if step.against != name}
-NOTE = """\
-A step is forward and backward in a tf.compat.v1 session. A ratio is the time of
-a step divided by that of fusebn with is_training=True; two ops in a cond are
-divided by fusebn with a tensor, which does the same.
-fresh  as a user gets it, the outputs' memory fetched and given back
-warm   memory that was used before, from an allocator that recycles
-"""
+from fusebn.cli.bench.steps import StepRecord, StepResults, StepRun, summary
+from fusebn.cli.bench.suites import Step, Suite
 
 
-def line(record: StepRecord) -> Text:
+def others(suite: Suite) -> dict[str, Step]:
+    """Return the steps that have a ratio: their time, divided by that of the one of ours."""
+    return {name: step for name, step in suite.steps.items() if step.against != name}
+
+
+def line(suite: Suite, record: StepRecord) -> Text:
     """Return a case in a line, as soon as it is measured."""
     text = Text(f"{record.dtype:<9}{record.shape:>15} {LAYOUT[record.layout]:<6}")
     if record.wrong:
         return text.append(f"WRONG: {record.wrong}", "bold red")
-    ours = record.run("fusebn", "fresh")
-    text.append(f"{1e3 * ours.seconds.median:9.3f} ms" if ours else f"{'-':>12}")
-    for name in OTHERS:
+    ours = record.run(_first(suite), "fresh")
+    text.append(f"{_milliseconds(ours):>9} ms" if ours else f"{'-':>12}")
+    for name in others(suite):
         run = record.run(name, "fresh")
         text.append(f"{run.over_ours.median:9.2f}" if run and run.over_ours else f"{'-':>9}")
     return text
 
 
-def heading() -> Text:
+def heading(suite: Suite) -> Text:
     """Return what stands above the lines."""
-    names = "".join(f"{name:>9}" for name in OTHERS)
-    return Text(f"{'':<9}{'':>15} {'ch.':<6}{'fusebn':>12}{names}", "dim")
+    names = "".join(f"{name:>9}" for name in others(suite))
+    return Text(f"{'':<9}{'':>15} {'ch.':<6}{_first(suite).partition('-')[0]:>12}{names}", "dim")
+
+
+def _first(suite: Suite) -> str:
+    return next(step.name for step in suite.steps.values() if step.ours)
+
+
+def _milliseconds(run: StepRun) -> str:
+    """Return a time in four digits, as no shorter one needs more."""
+    return f"{1e3 * run.seconds.median:.{3 if run.seconds.median > 1e-4 else 5}f}"
 
 
 def show(results: StepResults, console: Console) -> None:
     """Print the means over the shapes."""
+    suite = results.suite
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for column in ("type", "ch.", "memory", "shapes"):
         table.add_column(column)
-    for name in OTHERS:
+    for name in others(suite):
         table.add_column(f"{name}\n/ours", justify="right")
     for row in summary(results):
-        ratios = [row.over_ours.get(name) for name in OTHERS]
+        ratios = [row.over_ours.get(name) for name in others(suite)]
         table.add_row(
             row.dtype,
             LAYOUT[row.layout],
@@ -60,40 +65,43 @@ def show(results: StepResults, console: Console) -> None:
             str(row.shapes),
             *("-" if value is None else f"{value:.2f}" for value in ratios),
         )
-    console.print(f"\n[bold]Training steps[/][dim], TensorFlow {results.version}, means[/]")
+    which = f"{suite.framework} {results.version}, means"
+    console.print(f"\n[bold]{suite.title}[/][dim], {which}[/]")
     console.print(table)
-    for name, step in STEPS.items():
-        console.print(f"[dim]{name:<8} {step.title}[/]")
-    console.print(f"\n[dim]{NOTE}[/]")
+    for name, step in suite.steps.items():
+        console.print(f"[dim]{name:<15} {step.title}[/]")
+    console.print(f"\n[dim]{suite.note}[/]")
     for fact in _facts(results):
         console.print(escape(fact))
 
 
-def markdown(results: StepResults) -> str:
+def markdown(results: StepResults, option: str) -> str:
     """Return everything as a page."""
-    titles = [step.title for step in OTHERS.values()]
+    suite = results.suite
+    titles = [step.title for step in others(suite).values()]
     page = [
-        "# fusebn bench --tensorflow",
+        f"# fusebn bench {option}: {suite.title[0].lower()}{suite.title[1:]}",
         "",
-        f"{described(results.machine)}; {results.rounds} rounds. TensorFlow {results.version}.",
+        f"{described(results.machine)}; {results.rounds} rounds. "
+        f"{suite.framework} {results.version}.",
         "",
-        *("```text", *NOTE.strip().split("\n"), "```"),
+        *("```text", *suite.note.strip().split("\n"), "```"),
         "",
         "## Geometric means over the shapes: a step's time / ours",
         "",
     ]
     cells = [["type", "channels", "memory", "shapes", *titles]]
     for row in summary(results):
-        ratios = [row.over_ours.get(name) for name in OTHERS]
+        ratios = [row.over_ours.get(name) for name in others(suite)]
         cells.append(
             [row.dtype, LAYOUT[row.layout], row.memory, str(row.shapes)]
             + ["" if value is None else f"**{value:.2f}**" for value in ratios]
         )
     page += [*table_rows(cells), "", *_facts(results)]
     page += ["", "## Each case: milliseconds, fresh (in brackets: warm)", ""]
-    cells = [["type", "channels", "shape", *(step.title for step in STEPS.values())]]
+    cells = [["type", "channels", "shape", *(step.title for step in suite.steps.values())]]
     for record in results.records:
-        times = [_times(record, name) for name in STEPS]
+        times = [_times(record, name) for name in suite.steps]
         cells.append([record.dtype, LAYOUT[record.layout], record.shape, *times])
     return "\n".join([*page, *table_rows(cells)]) + "\n"
 
@@ -102,18 +110,45 @@ def _times(record: StepRecord, step: str) -> str:
     if record.wrong:
         return "wrong"
     fresh, warm = (record.run(step, memory) for memory in ("fresh", "warm"))
-    texts = [f"{1e3 * run.seconds.median:.3f}" if run else "-" for run in (fresh, warm)]
+    texts = [_milliseconds(run) if run else "-" for run in (fresh, warm)]
     return f"{texts[0]} ({texts[1]})"
 
 
 def _facts(results: StepResults) -> Iterator[str]:
     """Say in words what no table shows."""
+    steps = results.suite.steps
+    for record in results.records:
+        yield from _peaks(record, steps)
+        yield from _curves(record, steps)
     reasons: dict[str, int] = {}
     for record in results.records:
         for step, reason in record.refused.items():
-            key = f"{STEPS[step.partition(' ')[0]].title}: {reason}"
+            key = f"{steps[step.partition(' ')[0]].title}: {reason}"
             reasons[key] = reasons.get(key, 0) + 1
     for reason, count in reasons.items():
         yield f"Not measured, {count} times: {reason}"
     if warning := busy_machine(results.machine):
         yield warning
+
+
+def _peaks(record: StepRecord, steps: dict[str, Step]) -> Iterator[str]:
+    peaks = [(run, run.peak) for run in record.runs if run.peak is not None]
+    if peaks:
+        yield f"Resident memory of the process in a step at most, {record.dtype}:"
+    for run, peak in peaks:
+        yield f"- {peak / 2**30:.2f} GiB, {steps[run.step].title}, {run.memory}"
+
+
+def _curves(record: StepRecord, steps: dict[str, Step]) -> Iterator[str]:
+    """Compare the losses with those of the way that came first."""
+    curves = [(run, run.losses) for run in record.runs if run.losses is not None]
+    if len(curves) < 2:
+        return
+    (_, first), *rest = curves
+    yield (
+        f"Loss, {record.dtype}: {first[0]:.4f} at first, {first[-1]:.4f} at step {len(first)}; "
+        f"the largest difference of a loss is"
+    )
+    for run, losses in rest:
+        error = max(abs(a - b) for a, b in zip(first, losses, strict=True))
+        yield f"- {error:.1e}, {steps[run.step].title}, {run.memory}"

@@ -10,13 +10,16 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+import fusebn
 from fusebn.cli.bench.answers import Answer, sampled
-from fusebn.cli.bench.cases import Case, Step, Verb, data_of
+from fusebn.cli.bench.cases import Case, Verb, data_of
 from fusebn.cli.bench.peers import Peer, create
+from fusebn.cli.bench.suites import Step
 from fusebn.cli.bench.timing import turn
 
 # How a peer gets its memory. "warm" is its best case: what it frees is handed out again, as huge
@@ -100,6 +103,19 @@ class Worker:
         if not fine:
             raise Unable(value)
         return value
+
+
+@contextmanager
+def started(pairs: Sequence[tuple[str, str]]) -> Iterator[list[Worker]]:
+    """Start workers, each a peer with one kind of memory, and end them whatever happens."""
+    workers: list[Worker] = []
+    try:
+        for peer, memory in pairs:
+            workers.append(Worker(peer, memory, fusebn.get_num_threads()))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
 
 
 class _Desk:

@@ -13,8 +13,9 @@ from typing import Any
 
 import fusebn
 from fusebn.cli.bench.answers import Answer
-from fusebn.cli.bench.cases import EPSILON, STEPS, Case, Data, Step
+from fusebn.cli.bench.cases import EPSILON, Case, Data
 from fusebn.cli.bench.peers.tensorflow import TensorFlow
+from fusebn.cli.bench.suites import TENSORFLOW, Step
 
 
 class Steps:
@@ -42,7 +43,7 @@ class Steps:
             variables = [v1.Variable(tensor, use_resource=True) for tensor in fed]
             dy, x, scale, offset, *moving = (variable.read_value() for variable in variables)
             self._is_training = v1.placeholder(tf.bool, [])
-            for name in STEPS:
+            for name in TENSORFLOW.steps:
                 y, *statistics = getattr(self, f"_{name}")(x, scale, offset, *moving)
                 gradients = tf.gradients(y, [x, scale, offset], dy)
                 self._targets[name] = [y, *gradients, *statistics]

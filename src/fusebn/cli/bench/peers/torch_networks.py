@@ -1,0 +1,127 @@
+"""ResNet-50 and its blocks in PyTorch: as they are, after `fuse`, after `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import fusebn
+import fusebn.torch as fbt
+from fusebn.cli.bench.answers import Answer
+from fusebn.cli.bench.cases import Case, Data, parse
+from fusebn.cli.bench.peers.torch import Torch
+from fusebn.cli.bench.resnet import EXPANSION, Bottleneck, ResNet50
+from fusebn.cli.bench.suites import Step
+
+CLASSES = 1000
+LOSSES = 20
+RATE, MOMENTUM = 0.01, 0.9
+
+
+class Networks:
+    """The peer: images of 3 channels train the whole network, others go through one block."""
+
+    def __init__(self, threads: int) -> None:
+        self._peer = Torch(threads)  # makes tensors of arrays, and arrays of tensors
+        self.version = self._peer.version
+        torch.set_grad_enabled(True)
+        fusebn.set_num_threads(threads)
+
+    def load(self, case: Case, data: Data) -> None:
+        """See Peer."""
+        self._peer.load(case, data)
+        self._networks: dict[str, _Training | _Inference] = {}
+
+    def call(self, step: Step) -> Callable[[], Any]:
+        """See Peer."""
+        case, x = self._peer.case, self._peer.x.float()
+        training = parse(case.shape)[-1] == 3
+        network = (_Training if training else _Inference)(step.name, case.dtype, x)
+        self._networks[step.name] = network
+        return network.step
+
+    def answer(self, step: Step, result: Any) -> Answer:
+        """See Peer: the losses of the first steps, or the block's output; and the memory."""
+        network = self._networks[step.name]
+        if isinstance(network, _Training):
+            rest = [float(network.step()) for _ in range(LOSSES - 1)]
+            answer = {"losses": np.array([float(result), *rest])}
+            if bytes_ := peak(network.step):
+                answer["peak"] = np.array([bytes_], np.float64)
+            return answer
+        return {"y": self._peer.array(result.to(self._peer.x.dtype))}
+
+
+class _Training:
+    """A network that is trained on one batch."""
+
+    def __init__(self, way: str, dtype: str, images: Any) -> None:
+        torch.manual_seed(0)
+        model = ResNet50(CLASSES).to(memory_format=torch.channels_last)
+        self._model = changed(model, way)
+        self._optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM)
+        self._images, self._dtype = images, dtype
+        self._labels = torch.arange(len(images)) % CLASSES
+
+    def step(self) -> Any:
+        """Train on the batch once; return the loss."""
+        with precision(self._dtype):
+            logits = self._model(self._images)
+            loss = nn.functional.cross_entropy(logits, self._labels)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
+
+
+class _Inference:
+    """A bottleneck block that lets images through."""
+
+    def __init__(self, way: str, dtype: str, images: Any) -> None:
+        torch.manual_seed(0)
+        channels = images.shape[1]
+        model = Bottleneck(channels, channels // EXPANSION).to(memory_format=torch.channels_last)
+        self._model = changed(model.eval(), way)
+        self._images, self._dtype = images, dtype
+
+    def step(self) -> Any:
+        """Return what comes out."""
+        with torch.inference_mode(), precision(self._dtype):
+            return self._model(self._images)
+
+
+def changed(model: nn.Module, way: str) -> Any:
+    """Return the model as a step's name says."""
+    if way in ("fusebn", "both"):
+        model = fbt.fuse(model)
+    return torch.compile(model) if way in ("compile", "both") else model
+
+
+def precision(dtype: str) -> AbstractContextManager[object]:
+    """Return what a forward pass runs in: autocast to a half type, or nothing."""
+    return torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
+
+
+# The high-water mark of a process: https://docs.kernel.org/filesystems/proc.html
+_PROCESS = Path("/proc/self")
+
+
+def peak(step: Callable[[], object]) -> int | None:
+    """Return the most bytes that were resident while a step ran, where the system tells."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")  # the mark falls to what is resident now
+        step()
+        status = (_PROCESS / "status").read_text()
+    except OSError:
+        return None
+    [mark] = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(mark.split()[1]) << 10
+
+
+create = Networks

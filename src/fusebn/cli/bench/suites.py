@@ -1,0 +1,191 @@
+"""Suites of steps: what a framework's users run, each way of it measured against ours.
+
+A step is what they call: a forward and a backward pass of an op, a layer, a call so small that only
+its overhead is left, a network. One peer runs all steps of a suite.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fusebn.cli.bench.cases import LAYOUTS, QUICK_SHAPES, RESNET50, USUAL_DTYPES
+
+BOTH = ("forward", "backward")
+CHAIN = ("forward+residual+relu", "backward+residual+relu")
+TINY_CALLS = 500  # so many take milliseconds, which a clock can tell apart
+
+
+class Step(NamedTuple):
+    """One of the ways there are."""
+
+    name: str
+    title: str
+    against: str  # the step of ours that it is compared with
+    verbs: tuple[str, ...] = BOTH  # what its answer is checked as
+    calls: int = 1  # so many times in what is timed as one
+    slow: bool = False  # left out of a quick run, and measured with fresh memory alone
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is this library's."""
+        return self.title.startswith("fusebn")
+
+
+class Suite(NamedTuple):
+    """Steps that are measured together."""
+
+    name: str  # also how the names of its files end
+    title: str
+    framework: str  # as tables call it
+    peer: str  # the module under peers/
+    steps: dict[str, Step]
+    note: str  # what was measured, under the tables
+    shapes: tuple[str, ...]
+    quick_shapes: tuple[str, ...]
+    layouts: tuple[str, ...] = LAYOUTS
+    dtypes: tuple[str, ...] = USUAL_DTYPES[:2]
+    memories: tuple[str, ...] = ("warm", "fresh")
+    apart: bool = False  # every step in a process of its own, so that its memory is its own
+    oracle: bool = True  # whether the oracle judges the answers; else the first of them does
+
+    @property
+    def part(self) -> str:
+        """What the suite is called among those of its framework."""
+        return self.name.partition("-")[2]
+
+
+def _steps(*steps: Step) -> dict[str, Step]:
+    return {step.name: step for step in steps}
+
+
+def _pair(name: str, title: str, verbs: tuple[str, ...], calls: int = 1) -> tuple[Step, Step]:
+    """Return the same done by both: PyTorch's step has the name alone."""
+    ours = f"fusebn-{name}"
+    return (
+        Step(ours, f"fusebn, {title}", ours, verbs, calls),
+        Step(name, f"PyTorch, {title}", ours, verbs, calls),
+    )
+
+
+MEMORY_NOTE = """\
+fresh  as a user gets it, the outputs' memory fetched and given back
+warm   memory that was used before, from an allocator that recycles
+"""
+
+TENSORFLOW = Suite(
+    "tensorflow",
+    "Training steps",
+    "TensorFlow",
+    "tensorflow_steps",
+    _steps(
+        Step("fusebn", "fusebn", "fusebn"),
+        Step("flag", "fusebn, is_training a tensor", "fusebn"),
+        Step("fused", "fused_batch_norm", "fusebn"),
+        Step("moments", "moments + batch_normalization", "fusebn"),
+        Step("cond", "fused_batch_norm, two in a cond", "flag"),
+    ),
+    """\
+A step is forward and backward in a tf.compat.v1 session. A ratio is the time of
+a step divided by that of fusebn with is_training=True; two ops in a cond are
+divided by fusebn with a tensor, which does the same.
+"""
+    + MEMORY_NOTE,
+    RESNET50,
+    QUICK_SHAPES,
+)
+
+TORCH_CALLS = Suite(
+    "torch-calls",
+    "Calls on 8x4",
+    "PyTorch",
+    "torch_layers",
+    _steps(
+        *_pair("F.train", "function, training", ("forward",), TINY_CALLS),
+        *_pair("F.eval", "function, inference", ("inference",), TINY_CALLS),
+        *_pair("M.train", "module, training", ("forward",), TINY_CALLS),
+        *_pair("M.eval", "module, inference", ("inference",), TINY_CALLS),
+        *_pair("M.step", "module, forward and backward", BOTH, TINY_CALLS),
+    ),
+    """\
+Microseconds of a call on a tensor so small that only the call is left. In
+training autograd records it. A ratio is PyTorch's time divided by ours: below 1
+our call costs more.
+""",
+    ("8x4",),
+    ("8x4",),
+    ("channels-last",),
+    ("float32",),
+    ("fresh",),
+)
+
+TORCH_LAYERS = Suite(
+    "torch-layers",
+    "Layers",
+    "PyTorch",
+    "torch_layers",
+    _steps(
+        *_pair("forward", "forward", ("forward",)),
+        *_pair("backward", "backward", ("backward",)),
+        *_pair("chain", "batch norm + residual + ReLU, forward and backward", CHAIN),
+    ),
+    """\
+Modules in training, called through autograd. A ratio is the time of PyTorch's
+module divided by that of ours with the same kind of memory. The chain is what a
+ResNet's blocks do: PyTorch's adds and applies ReLU in place.
+"""
+    + MEMORY_NOTE,
+    RESNET50,
+    ("32x56x56x64", "32x14x14x1024"),
+)
+
+TORCH_INFERENCE = Suite(
+    "torch-inference",
+    "Residual blocks in inference",
+    "PyTorch",
+    "torch_networks",
+    _steps(
+        Step("eager", "PyTorch", "fusebn"),
+        Step("fusebn", "fusebn.torch.fuse", "fusebn"),
+    ),
+    """\
+ResNet-50's bottleneck blocks, convolutions and all, in evaluation mode without
+gradients; bfloat16 by autocast. A ratio is the time of the block divided by
+that of the same block after fusebn.torch.fuse.
+"""
+    + MEMORY_NOTE,
+    ("16x56x56x256", "16x28x28x512", "16x14x14x1024", "16x7x7x2048"),
+    ("16x28x28x512",),
+    ("channels-last",),
+    oracle=False,
+)
+
+TORCH_RESNET = Suite(
+    "torch-resnet",
+    "ResNet-50, a training step",
+    "PyTorch",
+    "torch_networks",
+    _steps(
+        Step("eager", "PyTorch", "fusebn"),
+        Step("compile", "PyTorch, torch.compile", "fusebn", slow=True),
+        Step("fusebn", "fusebn.torch.fuse", "fusebn"),
+        Step("both", "fusebn.torch.fuse, then torch.compile", "fusebn", slow=True),
+    ),
+    """\
+Forward, backward and the update of the weights by SGD; bfloat16 by autocast.
+Before it is timed, each way trains on the same batches from the same start, and
+its losses must be PyTorch's to rounding. A ratio is the time of a step divided
+by that of the network after fusebn.torch.fuse with the same kind of memory.
+"""
+    + MEMORY_NOTE,
+    ("16x224x224x3",),
+    ("4x96x96x3",),
+    ("channels-last",),
+    apart=True,
+    oracle=False,
+)
+
+# What an option of `fusebn bench` stands for.
+FRAMEWORKS = {
+    "tensorflow": (TENSORFLOW,),
+    "torch": (TORCH_CALLS, TORCH_LAYERS, TORCH_INFERENCE, TORCH_RESNET),
+}
