@@ -104,25 +104,26 @@ def forward(
         residual = beside(y, residual)
     if weights is not None:
         weights = _spread(y, weights, axis)
-    follow_threads()
+    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
+        follow_threads()
     count = _core.forward(
         ELEMENTS[x.dtype],
         *block(y, axis),
         x.data_ptr(),
         training,
-        address(mean),
-        address(variance),
-        address(weights),
-        address(scale),
-        address(offset),
-        address(residual),
+        None if mean is None else mean.data_ptr(),
+        None if variance is None else variance.data_ptr(),
+        None if weights is None else weights.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         ACTIVATIONS[activation],
         epsilon,
         correction,
         factor,
         y.data_ptr(),
-        address(mean_out),
-        address(variance_out),
+        None if mean_out is None else mean_out.data_ptr(),
+        None if variance_out is None else variance_out.data_ptr(),
         batch,
     )
     if count < 0:
