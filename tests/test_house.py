@@ -69,13 +69,16 @@ ADAPTER_ARROWS = {
         "_autograph": set(),
     },
     "torch": {
-        "__init__": {"_spec", "functional", "modules"},
+        "__init__": {"_spec", "functional", "modules", "sync"},
+        "sync": {"_arguments", "_portable", "_spec", "_synchronized", "modules"},
+        "_synchronized": {"_arguments", "_core", "_kernels", "_portable"},
         "modules": {"_spec", "functional"},
         "functional": {"_arguments", "_ops", "_portable", "_spec"},
         "_ops": {"_arguments", "_kernels", "_library", "_native", "_portable"},
         "_library": {"_arguments", "_kernels", "_portable", "_transforms"},
         "_transforms": set(),
         "_kernels": {"_arguments", "_core", "_portable", "_spec", "memory"},
+        "_functions": {"_arguments", "_moving", "_ops", "_portable", "_results", "_spec"},
         "_native": {"_arguments", "_portable", "_spec"},
         "_arguments": {"_spec"},
         "_portable": set(),
@@ -170,7 +173,7 @@ def test_public_names_are_sorted_documented_and_shown():
             assert "Examples\n--------" in text, name
 
 
-@pytest.mark.parametrize("module", ["_numpy", "tensorflow._functions"])
+@pytest.mark.parametrize("module", ["_numpy", "tensorflow._functions", "torch._functions"])
 def test_functions_take_what_their_adapter_takes(module):
     adapter_module = import_module(f"fusebn.{module}")
     assert adapter_module.__all__ == _numpy.__all__

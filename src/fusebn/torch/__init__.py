@@ -22,6 +22,7 @@ from fusebn.torch.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fusebn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "BatchNorm1d",
@@ -30,5 +31,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "batch_norm",
+    "convert_sync_batchnorm",
 ]

@@ -129,10 +129,10 @@ def batch_norm(
         _check_size(input, options.axis)
     _check_running(running_mean, running_var, training)
     channels = input.shape[options.axis]
-    weight = _vector("weight", weight, input, channels)
-    bias = _vector("bias", bias, input, channels)
     _check_running_vector("running_mean", running_mean, input, channels)
     _check_running_vector("running_var", running_var, input, channels)
+    weight = _vector("weight", weight, input, channels)
+    bias = _vector("bias", bias, input, channels)
     if weights is not None:
         weights = position_weights(_OPERATION, "weights", weights, input, {options.axis})
     tensors = (input, weight, bias, running_mean, running_var)
@@ -205,7 +205,8 @@ def _wrong_kind(name: str, position: int, expected: str, value: object) -> None:
 
 
 def _check_size(input: Tensor, axis: int) -> None:
-    if math.prod(n for i, n in enumerate(input.shape) if i != axis) == 1:
+    # A list, since no compiler follows math.prod into a generator.
+    if math.prod([n for i, n in enumerate(input.shape) if i != axis]) == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {input.shape}"
         )
