@@ -69,7 +69,7 @@ ADAPTER_ARROWS = {
         "_autograph": set(),
     },
     "torch": {
-        "__init__": {"_spec", "functional", "modules", "sync"},
+        "__init__": {"_fuse", "_spec", "functional", "modules", "sync"},
         "sync": {"_arguments", "_portable", "_spec", "_synchronized", "modules"},
         "_synchronized": {"_arguments", "_core", "_kernels", "_portable"},
         "modules": {"_spec", "functional"},
@@ -79,6 +79,9 @@ ADAPTER_ARROWS = {
         "_transforms": set(),
         "_kernels": {"_arguments", "_core", "_portable", "_spec", "memory"},
         "_functions": {"_arguments", "_moving", "_ops", "_portable", "_results", "_spec"},
+        "_fuse": {"_folding", "_spec", "_tracing", "modules"},
+        "_folding": {"modules"},
+        "_tracing": set(),
         "_native": {"_arguments", "_portable", "_spec"},
         "_arguments": {"_spec"},
         "_portable": set(),

@@ -12,7 +12,11 @@ from typing import Any
 from fusebn import _spec
 
 # Package of the array's type -> module that serves it.
-_ADAPTERS = {"numpy": "fusebn._numpy", "tensorflow": "fusebn.tensorflow._functions"}
+_ADAPTERS = {
+    "numpy": "fusebn._numpy",
+    "tensorflow": "fusebn.tensorflow._functions",
+    "torch": "fusebn.torch._functions",
+}
 
 
 @cache

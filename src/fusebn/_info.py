@@ -11,7 +11,7 @@ from fusebn import _core
 # Framework -> what this version of fusebn does for it.
 _SUPPORT = {
     "numpy": "native kernels",
-    "torch": "none in this version",
+    "torch": "native kernels on the CPU; PyTorch's own on other devices (untested)",
     "jax": "none in this version",
     "keras": "none in this version",
     "tensorflow": "native op and composite; info() after `import fusebn.tensorflow` tells which",
@@ -32,8 +32,8 @@ def _version_of(framework: str) -> str | None:
 
 def _support_of(framework: str) -> str:
     """Return what an adapter says of itself, once it is in use, or else what to expect of it."""
-    adapter = sys.modules.get(f"fusebn.{framework}._ops")
-    return _SUPPORT[framework] if adapter is None else str(adapter.support())
+    support = getattr(sys.modules.get(f"fusebn.{framework}._ops"), "support", None)
+    return _SUPPORT[framework] if support is None else str(support())
 
 
 def cache_sizes() -> dict[str, int]:

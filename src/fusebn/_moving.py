@@ -36,11 +36,12 @@ def mix(
 
 
 # How many debiased updates each array has had. TensorFlow keeps hidden variables for this.
-_updates: dict[int, tuple[weakref.ref[NDArray[Any]], int]] = {}
+_updates: dict[int, tuple[weakref.ref[Any], int]] = {}
 _updates_lock = Lock()
 
 
-def _count_update(variable: NDArray[Any]) -> int:
+def count_update(variable: Any) -> int:
+    """Return which debiased update of this array object this is, counted from 1."""
     key = id(variable)
     with _updates_lock:
         update = _updates[key][1] + 1 if key in _updates else 1
@@ -70,7 +71,7 @@ def assign_moving_average(
             expected = "own its memory with zero_debias, which counts the updates of an array"
             fix = "Pass the array itself."
             _spec.fail(ValueError, operation, "variable", expected, "a view", fix)
-        weight = factor(decay, _count_update(variable), zero_debias=True)
+        weight = factor(decay, count_update(variable), zero_debias=True)
     else:
         weight = factor(decay, 1)
     variable[...] = mix(variable, new, weight).astype(variable.dtype)

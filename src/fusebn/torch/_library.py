@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fusebn.torch import _kernels, _portable
 from fusebn.torch._arguments import stat_type
-from fusebn.torch._portable import BatchNorm, Gradient, Options
+from fusebn.torch._portable import NAMES, BatchNorm, Gradient, Options
 from fusebn.torch._transforms import Op, Rule
 
 _library = torch.library.Library("fusebn", "FRAGMENT")
@@ -30,8 +30,8 @@ _TENSORS = (
     "Tensor x, Tensor? scale, Tensor? offset, Tensor? mean, Tensor? variance, Tensor? residual, "
     "Tensor? weights"
 )
-_NAMES = ("x", "scale", "offset", "mean", "variance", "residual", "weights")
-_BACKWARD_NAMES = ("dy", "dmean", "dvariance", "batch", *_NAMES)
+_SOURCES = NAMES[:6]  # of the gradients that `fusebn::batch_norm_backward` returns
+_BACKWARD_NAMES = ("dy", "dmean", "dvariance", "batch", *NAMES)
 
 for _schema in (
     f"batch_norm({_TENSORS}, {_OPTIONS}) "
@@ -187,14 +187,14 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, scale, offset, mean, variance, residual and weights if needed."""
     if dy is None and dmean is None and dvariance is None:
-        return (None,) * len(_NAMES)
+        return (None,) * len(NAMES)
     x, *_, weights = inputs
     assert x is not None
     dy = torch.zeros_like(x) if dy is None else dy
     found = batch_norm_backward(dy, dmean, dvariance, batch, *inputs, **options._asdict())
     dweights = None
     if needed[6] and weights is not None:
-        tensors = dict(zip(_NAMES, inputs, strict=True))
+        tensors = dict(zip(NAMES, inputs, strict=True))
         (dweights,) = _portable.gradient(dy, dmean, dvariance, tensors, options, ["weights"])
     kept = (value if wanted else None for value, wanted in zip(found, needed, strict=False))
     return *kept, dweights
@@ -213,8 +213,8 @@ def _second(ctx: Any, *flowing: Tensor | None) -> tuple[Tensor | None, ...]:
     The statistics of the batch are a function of x, and counted there.
     """
     options = ctx.options
-    given = dict(zip(("dy", "dmean", "dvariance", *_NAMES), ctx.saved_tensors, strict=True))
-    sources = [name for name in _NAMES[:6] if given[name] is not None]
+    given = dict(zip(("dy", "dmean", "dvariance", *NAMES), ctx.saved_tensors, strict=True))
+    sources = [name for name in _SOURCES if given[name] is not None]
     variables = [name for name, value in given.items() if value is not None]
 
     def first(*values: Tensor) -> tuple[Tensor, ...]:
@@ -223,14 +223,14 @@ def _second(ctx: Any, *flowing: Tensor | None) -> tuple[Tensor | None, ...]:
         return _portable.gradient(*into, now, options, sources)
 
     found, back = torch.func.vjp(first, *(given[name] for name in variables))
-    by_name = dict(zip(_NAMES[:6], flowing, strict=True))
+    by_name = dict(zip(_SOURCES, flowing, strict=True))
     cotangents = tuple(
         torch.zeros_like(value) if by_name[name] is None else by_name[name]
         for name, value in zip(sources, found, strict=True)
     )
     results = dict(zip(variables, back(cotangents), strict=True))
     into = [results.get(name) for name in ("dy", "dmean", "dvariance")]
-    return *into, None, *(results.get(name) for name in _NAMES)
+    return *into, None, *(results.get(name) for name in NAMES)
 
 
 def _save_moments(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -348,7 +348,7 @@ def _moments_rule(op: Any, size: int, in_dims: Any, tensors: Any, options: Any) 
 
 # ---- the ops ----
 
-batch_norm = Op("batch_norm", _save, _first, _folding(_NAMES, BatchNorm._fields), _library)
+batch_norm = Op("batch_norm", _save, _first, _folding(NAMES, BatchNorm._fields), _library)
 batch_norm_backward = Op(
     "batch_norm_backward", _save_backward, _second, _folding(_BACKWARD_NAMES, Gradient._fields),
     _library,

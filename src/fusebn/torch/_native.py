@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fusebn import _spec
+from fusebn.torch import _portable
 from fusebn.torch._arguments import stat_type
 from fusebn.torch._portable import ACTIVATIONS, Options
 
@@ -53,6 +54,21 @@ def batch_norm_updating(
             ):
                 old.copy_(new)
     return y
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    dmean: Tensor | None,
+    dvariance: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+) -> tuple[Tensor | None, ...]:
+    """Do what `_ops.batch_norm_backward` does: by the composite."""
+    given = dict(zip(_portable.NAMES, tensors, strict=True))
+    sources = [name for name in _portable.NAMES[:6] if given[name] is not None]
+    found = _portable.gradient(dy, dmean, dvariance, given, options, sources)
+    by_name = dict(zip(sources, found, strict=True))
+    return tuple(by_name.get(name) for name in _portable.NAMES[:6])
 
 
 def _normalized(

@@ -21,11 +21,6 @@ from fusebn.torch._arguments import stat_type
 from fusebn.torch._portable import Moments, Options
 
 
-def support() -> str:
-    """Say what this adapter does, for `fusebn.info`."""
-    return "native kernels on the CPU; PyTorch's own on other devices (untested)"
-
-
 class _Eager(torch.autograd.Function):
     """Gives y, which has been computed, its gradients.
 
@@ -227,6 +222,25 @@ def _through_op(
                 # With factor 1 the op does not know what was given.
                 old.copy_(new if options.factor != 1 else torch.where(count > 0, new, old))
     return y
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    dmean: Tensor | None,
+    dvariance: Tensor | None,
+    batch: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    options: Options,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the first six tensors, x to residual; of None, anything.
+
+    `batch` is the mean and biased variance that normalized x, in float64.
+    """
+    if dy.is_cpu:
+        return _library.batch_norm_backward(
+            dy, dmean, dvariance, batch, *tensors, **options._asdict()
+        )
+    return _native.batch_norm_backward(dy, dmean, dvariance, tensors, options)
 
 
 def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> Moments:

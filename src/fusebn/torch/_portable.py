@@ -162,7 +162,8 @@ def batch_norm(
     return BatchNorm(y, mean, variance, batch, count)
 
 
-Tensors = dict[str, Tensor | None]  # x, scale, offset, mean, variance, residual, weights
+Tensors = dict[str, Tensor | None]  # by these names
+NAMES = ("x", "scale", "offset", "mean", "variance", "residual", "weights")
 
 
 def gradient(
