@@ -1,7 +1,8 @@
 """Batch normalization for PyTorch: its own functions and modules, on fused kernels.
 
 `functional` has ``torch.nn.functional.batch_norm`` and what can be done in the same pass,
-`modules` the same as PyTorch's modules.
+`modules` the same as PyTorch's modules. `fuse` puts them into a whole model, `explain` says what
+that came to and `unfuse` takes them out again.
 """
 
 from fusebn import _spec
@@ -13,6 +14,7 @@ except ModuleNotFoundError as error:
         raise
     _spec.missing("fusebn.torch", "torch")
 
+from fusebn.torch._fuse import explain, fuse, unfuse
 from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import (
     BatchNorm1d,
@@ -34,4 +36,7 @@ __all__ = [
     "SyncBatchNorm",
     "batch_norm",
     "convert_sync_batchnorm",
+    "explain",
+    "fuse",
+    "unfuse",
 ]

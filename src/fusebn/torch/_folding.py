@@ -1,0 +1,336 @@
+"""``activation(norm(x) + residual)`` in the graph of a forward, and the one call it becomes.
+
+What is found when a graph is made is a pattern of calls. Whether they may be one call is looked at
+again in every call (`fused`, `fused_sum`): a hook, a module that was exchanged, a residual that
+broadcasts or promotes, and the calls are made one by one, as they were written.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as hooks
+
+from fusebn.torch.modules import Extended
+
+# ---- activations by all their names ----
+
+# Module -> its name here, and what its attributes must be.
+_MODULES: dict[type, tuple[str, dict[str, Any]]] = {
+    nn.ReLU: ("relu", {}),
+    nn.ReLU6: ("relu6", {}),
+    nn.Hardtanh: ("relu6", {"min_val": 0, "max_val": 6}),
+    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    nn.SiLU: ("silu", {}),
+    nn.GELU: ("gelu", {"approximate": "none"}),
+}
+# Function -> its name here, its parameters after the input with their defaults, what they must be.
+_FUNCTIONS: dict[Any, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    F.relu: ("relu", {"inplace": False}, {}),
+    F.relu6: ("relu6", {"inplace": False}, {}),
+    F.hardtanh: (
+        "relu6",
+        {"min_val": -1.0, "max_val": 1.0, "inplace": False},
+        {"min_val": 0, "max_val": 6},
+    ),
+    F.leaky_relu: (
+        "leaky_relu",
+        {"negative_slope": 0.01, "inplace": False},
+        {"negative_slope": 0.01},
+    ),
+    F.silu: ("silu", {"inplace": False}, {}),
+    F.gelu: ("gelu", {"approximate": "none"}, {"approximate": "none"}),
+    torch.relu: ("relu", {}, {}),
+    torch.relu_: ("relu", {}, {}),
+    "relu": ("relu", {}, {}),
+    "relu_": ("relu", {}, {}),
+}
+_APPLIED: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+}
+_SUMS = {operator.add: False, torch.add: False, "add": False, operator.iadd: True, "add_": True}
+
+
+def activation_of(module: nn.Module | None) -> str | None:
+    """Return the name of a module that is an activation we have, or None."""
+    name, wanted = _MODULES.get(type(module), (None, {}))
+    return name if all(getattr(module, key) == value for key, value in wanted.items()) else None
+
+
+def _activation_called(node: fx.Node, parent: nn.Module) -> str | None:
+    """Return the name of the activation that a node applies to its first argument, or None."""
+    if node.op == "call_module":
+        plain = len(node.args) == 1 and not node.kwargs
+        return activation_of(parent.get_submodule(str(node.target))) if plain else None
+    if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONS:
+        return None
+    name, defaults, wanted = _FUNCTIONS[node.target]
+    given = {**defaults, **dict(zip(defaults, node.args[1:], strict=False)), **node.kwargs}
+    known = given.keys() == defaults.keys() and len(node.args) <= 1 + len(defaults)
+    return name if known and all(given[key] == value for key, value in wanted.items()) else None
+
+
+# ---- the calls of a rewritten forward ----
+
+Activation = nn.Module | str | None
+
+
+def fused(norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
+    """Return activation(norm(x)), in one call if nobody could tell."""
+    name = _fusible(norm, activation)
+    if name is not None:
+        return norm(x, activation=name)  # type: ignore[no-any-return]
+    return _apply(activation, norm(x))
+
+
+def fused_sum(
+    norm: nn.Module, x: Tensor, residual: Any, in_place: bool, activation: Activation
+) -> Tensor:
+    """Return activation(norm(x) + residual), in one call if nobody could tell."""
+    name = _fusible(norm, activation)
+    if name is not None and _are_alike(x, residual):
+        return norm(x, residual, activation=name or None)  # type: ignore[no-any-return]
+    y = norm(x)
+    if in_place:
+        y += residual
+    else:
+        y = y + residual
+    return _apply(activation, y)
+
+
+def _fusible(norm: nn.Module, activation: Activation) -> str | None:
+    """Return the name of the activation, "" for none, or None where the calls must stay apart."""
+    if not isinstance(norm, Extended) or why_not(norm) or _any_global_hook():
+        return None
+    if isinstance(activation, nn.Module):
+        return None if is_watched(activation) else activation_of(activation)
+    return activation or ""
+
+
+def _apply(activation: Activation, y: Tensor) -> Tensor:
+    if isinstance(activation, nn.Module):
+        return activation(y)  # type: ignore[no-any-return]
+    return y if activation is None else _APPLIED[activation](y)
+
+
+def _are_alike(x: Any, residual: Any) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and isinstance(residual, Tensor)
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
+
+
+def why_not(norm: nn.Module) -> str:
+    """Say what in a batch norm itself forbids that its call does more than it, or ""."""
+    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return "it has hooks, which would see another value"
+    if getattr(norm, "activation", None) is not None:
+        return f"it has an activation already, {norm.activation}"
+    return ""
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Say whether a module has hooks that run when it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _any_global_hook() -> bool:
+    return bool(
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    )
+
+
+# ---- the pattern ----
+
+
+class Call(NamedTuple):
+    """One call of a batch norm in a graph: what goes into it, or why not (more)."""
+
+    norm: nn.Module
+    residual: bool
+    activation: str | None
+    reason: str
+
+
+def fold(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], bool]) -> list[Call]:
+    """Fold what can be folded in a graph of a parent's forward; return all calls of batch norms."""
+    calls = []
+    for node in list(graph.nodes):
+        if node.op == "call_module" and is_norm(parent.get_submodule(node.target)):
+            calls.append(_fold_one(graph, parent, node))
+    return calls
+
+
+def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> Call:
+    norm = parent.get_submodule(str(node.target))
+    reason = why_not(norm)
+    if len(node.args) != 1 or node.kwargs:
+        reason = "it is called with more than its input"
+    if reason:
+        return Call(norm, False, None, reason)
+    last, residual, in_place, reason = _sum_after(node, parent)
+    activation, name, why = _activation_after(last, parent)
+    if activation is None and residual is None:
+        return Call(norm, False, None, reason or why)
+    with graph.inserting_before(node if residual is None else last):
+        ours = graph.get_attr(str(node.target))
+        by: Any = name
+        if activation is not None and activation.op == "call_module":
+            by = graph.get_attr(str(activation.target))
+        if residual is None:
+            new = graph.call_function(fused, (ours, node.args[0], by))
+        else:
+            new = graph.call_function(fused_sum, (ours, node.args[0], residual, in_place, by))
+    (activation or last).replace_all_uses_with(new)
+    for old in (activation, last if residual is not None else None, node):
+        if old is not None:
+            graph.erase_node(old)
+    return Call(norm, residual is not None, name, reason or why)
+
+
+def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | None, bool, str]:
+    """Return the last node of norm(x) + residual, the residual, how they are added; or why not."""
+    user = _only_user(node)
+    if user is None or user.target not in _SUMS or len(user.args) != 2 or user.kwargs:
+        return node, None, False, ""
+    first, second = user.args
+    other, in_place = (second if first is node else first), _SUMS[user.target]
+    if not isinstance(other, fx.Node) or other is node:
+        return node, None, False, "what is added to it is no other tensor"
+    if in_place and first is not node:
+        return node, None, False, "it is added in place to another tensor"
+    reason = _obstacle(node, user, parent)
+    return (node, None, False, reason) if reason else (user, other, in_place, "")
+
+
+def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None, str | None, str]:
+    """Return the activation of a node's value and its name; or why there is none."""
+    user = _only_user(node)
+    if user is not None and user.target is fused_sum:
+        return None, None, "it is the residual of another"
+    if user is None:
+        return None, None, "its output is used more than once" if node.users else "it is unused"
+    name = _activation_called(user, parent) if user.args and user.args[0] is node else None
+    if name is None:
+        return None, None, f"{_shown(user, parent)} follows"
+    if user.op == "call_module" and is_watched(parent.get_submodule(str(user.target))):
+        return None, None, f"{user.target!r} has hooks, which would not run"
+    return user, name, ""
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _shown(node: fx.Node, parent: nn.Module) -> str:
+    if node.op == "output":
+        return "the end of forward"
+    if node.op == "call_module":
+        kind = type(parent.get_submodule(str(node.target))).__name__
+        return f"{kind} {node.target!r}"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def openable(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], bool]) -> set[str]:
+    """Return the paths of the Sequentials whose last module is a batch norm, before a sum.
+
+    The sum can be folded into it when the graph holds what the Sequential does.
+    """
+    found: set[str] = set()
+    for node in graph.nodes:
+        user = _only_user(node)
+        if node.op == "call_module" and user is not None and user.target in _SUMS:
+            path, paths = str(node.target), set()
+            while _is_sequential(last := parent.get_submodule(path)) and len(last):
+                paths.add(path)
+                path = f"{path}.{next(reversed(last._modules))}"
+            found |= paths if is_norm(last) else set()
+    return found
+
+
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    plain = inspect.unwrap(type(module).forward) is nn.Sequential.forward
+    return plain and not is_watched(module)
+
+
+# ---- whether a call may wait ----
+
+
+def _obstacle(node: fx.Node, until: fx.Node, parent: nn.Module) -> str:
+    """Say what forbids that a batch norm is called only where its output is added, or "".
+
+    Nothing in between may change its input or its parameters, or call it, whose running
+    statistics would be updated in another order.
+    """
+    norm, x = parent.get_submodule(str(node.target)), node.args[0]
+    own = isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
+    for between in _between(node, until):
+        if between.op == "get_attr":
+            if str(between.target).startswith(f"{node.target}."):
+                return "its parameters are read before the sum"
+        elif between.op == "call_module" and _calls(parent, between, norm):
+            return "it is called once more before the sum"
+        elif not own and _may_write(between, parent):
+            return f"{_shown(between, parent)} might change its input before the sum"
+    return ""
+
+
+def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module) -> bool:
+    return any(m is norm for m in parent.get_submodule(str(node.target)).modules())
+
+
+def _is_fresh(node: fx.Node, parent: nn.Module) -> bool:
+    """Say whether a value lies in memory of its own: that of a layer which computes it anew."""
+    if node.op != "call_module":
+        return False
+    kind = type(parent.get_submodule(str(node.target)))
+    return kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear") and (
+        kind is not nn.Identity
+    )
+
+
+def _may_write(node: fx.Node, parent: nn.Module) -> bool:
+    """Say whether a node might change one of its inputs, or what shares memory with it."""
+    if node.op == "call_module":
+        modules = list(parent.get_submodule(str(node.target)).modules())
+        return not all(_is_known(m) and not getattr(m, "inplace", False) for m in modules)
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    name, home = node.target.__name__, node.target.__module__ or ""
+    writes = name.endswith("_") or node.kwargs.get("inplace") or "out" in node.kwargs
+    known = home.partition(".")[0] == "torch" or node.target in _PURE
+    return bool(writes or not known)
+
+
+_PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, getattr}
+_PURE |= {operator.getitem}
+
+
+def _is_known(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(("torch.nn.modules.", "fusebn.torch."))

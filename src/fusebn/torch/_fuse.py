@@ -1,0 +1,534 @@
+"""`fuse`, `unfuse` and `explain`: batch norms of a whole model, with what surrounds them.
+
+A batch norm becomes ours by its class. A module whose forward holds something to fold becomes an
+instance of a subclass of its own class (`_planned`), in which forward runs the rewritten graph as
+long as that holds, and otherwise what it always was. Nothing else of a model changes.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import linecache
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from fusebn import _spec
+from fusebn.torch import _folding, modules
+from fusebn.torch._folding import Call
+from fusebn.torch._tracing import Refusal, Trace, trace
+
+__all__ = ["Report", "Row", "explain", "fuse", "unfuse"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_OURS: dict[type, type] = {
+    nn.BatchNorm1d: modules.BatchNorm1d,
+    nn.BatchNorm2d: modules.BatchNorm2d,
+    nn.BatchNorm3d: modules.BatchNorm3d,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+_PLANS, _CHANGED = "_fused", "_by_fuse"  # what fuse leaves in the __dict__ of a module
+
+
+def fuse(model: M) -> M:
+    """Replace the batch norms of a model, and fold into them what surrounds them; in place.
+
+    Every ``torch.nn.BatchNorm1d``, ``2d`` and ``3d`` becomes ours, and where a forward computes
+
+    ::
+
+        activation(norm(x) + residual)      norm(x) + residual      activation(norm(x))
+
+    with an activation we have (ReLU, ReLU6, LeakyReLU of slope 0.01, SiLU, exact GELU; as modules,
+    functions or methods, in place or not), it becomes one call of the batch norm.
+
+    The model computes the same to rounding, in training and in evaluation. Its modules, parameters,
+    buffers, hooks, names, modes and the keys of its state_dict stay, so optimizers and checkpoints
+    do too. A batch norm changes its class, and a module whose forward was rewritten becomes an
+    instance of a subclass of its class, with the same name. Copies, pickles and wrappers work;
+    a pickle needs fusebn to be loaded, a state_dict does not. Fusing twice is fusing once.
+
+    A forward is rewritten by tracing it (``torch.fx``) in both modes, and only if the trace is sure
+    to stand for it: see :func:`explain`. A rewritten forward is used for positional tensors, and
+    while the attributes and children that the trace met are what they were; otherwise the old one
+    runs, as it does for a module that is exchanged later: fuse again then. Hooks are respected
+    whenever they are added. What a forward prints or counts outside of the module is not seen.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Also a single batch norm. Fuse before ``torch.compile`` or ``torch.jit``; after
+        converting to ``SyncBatchNorm``; and while no other thread uses modules.
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        The model is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fusebn.torch as fbt
+    >>> model = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+    ... )
+    >>> fbt.fuse(model) is model
+    True
+    >>> print(fbt.explain(model))
+    batch norm  class        fused with  not more, because
+    ----------  -----------  ----------  -----------------
+    1           BatchNorm2d  relu
+    """
+    _check("fuse", model)
+    for _, module, closed in _walk(model):
+        if not closed and type(module) in _OURS and "forward" not in vars(module):
+            module.__class__ = _OURS[type(module)]
+            vars(module)[_CHANGED] = True
+    for _, module, closed in _walk(model):
+        if not closed:
+            _rewrite(module)
+    return model
+
+
+def unfuse(model: M) -> M:
+    """Undo :func:`fuse`; in place.
+
+    Every class is again what it was. Parameters and running statistics stay what they have become,
+    and batch norms that were ours before stay ours.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    torch.nn.Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        The model is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fusebn.torch as fbt
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU())
+    >>> type(fbt.unfuse(fbt.fuse(model))[0])
+    <class 'torch.nn.modules.batchnorm.BatchNorm1d'>
+    """
+    _check("unfuse", model)
+    for module in model.modules():
+        _restore(module)
+        if vars(module).pop(_CHANGED, False) and type(module) in _THEIRS:
+            module.__class__ = _THEIRS[type(module)]
+    return model
+
+
+def _check(operation: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__
+        _spec.fail(TypeError, operation, "model", "be a torch.nn.Module", got)
+
+
+# ---- which modules ----
+
+
+def _walk(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield every module once: its name, itself, and why it is left alone, or ""."""
+    seen: set[nn.Module] = set()
+
+    def walk(name: str, module: nn.Module, closed: str) -> Iterator[tuple[str, nn.Module, str]]:
+        if module in seen:
+            return
+        seen.add(module)
+        closed = closed or _closed(module)
+        yield name, module, closed
+        for child_name, child in module.named_children():
+            yield from walk(f"{name}.{child_name}" if name else child_name, child, closed)
+
+    return walk("", module, "")
+
+
+def _closed(module: nn.Module) -> str:
+    """Say why a module and all within it are left alone, or ""."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is in a ScriptModule: fuse before scripting"
+    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        return "it is in a compiled module: fuse before compiling"
+    if type(module).__module__.startswith(("torch.ao.", "torchao.")):
+        return "it is in a module for quantization"
+    return ""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Say whether something can be folded into a module, once it is ours."""
+    return isinstance(module, modules.Extended) or type(module) in _OURS
+
+
+def _is_candidate(module: nn.Module) -> bool:
+    """Say whether the forward of a module may call batch norms."""
+    parts = itertools.islice(module.modules(), 1, None)
+    defined = inspect.unwrap(type(module).forward) is not nn.Module.forward
+    return defined and any(map(_is_norm, parts))
+
+
+# ---- plans: rewritten forwards, and when they hold ----
+
+
+class Plan(NamedTuple):
+    """A rewritten forward, in one mode or in both."""
+
+    run: Callable[..., Any]
+    trace: Trace
+
+    def fits(self, arguments: tuple[Any, ...]) -> bool:
+        """Say whether a call with these arguments, now, would do what was traced."""
+        return (
+            len(arguments) == len(self.trace.inputs)
+            and all(map(isinstance, arguments, self.trace.inputs))
+            and self.holds()
+        )
+
+    def holds(self) -> bool:
+        """Say whether all that the trace met is as it was."""
+        _, _, _, read, children, opened = self.trace
+        return (
+            all(_same(getattr(holder, name, None), value) for holder, name, value in read)
+            and all(tuple(each._modules.values()) == then for each, then in children)
+            and not any(_folding.is_watched(each) for each in opened)
+        )
+
+
+def _same(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and bool(now == then))
+
+
+class Study(NamedTuple):
+    """What a forward could become, and what stands in the way."""
+
+    plans: list[Plan]
+    calls: list[Call]
+    functions: list[int]  # calls of F.batch_norm, by trace
+    refusals: dict[str, str]  # by mode
+
+
+def _study(module: nn.Module) -> Study:
+    """Trace and fold forward in the mode of the module, and in the other if that matters."""
+    study = Study([], [], [], {})
+    if reason := _unplanned(module):
+        study.refusals.update(dict.fromkeys(_MODES.values(), reason))
+        return study
+    mode = module.training
+    for training in (mode, not mode):
+        vars(module)["training"] = training  # not by train(), which others may have overridden
+        try:
+            found = _study_mode(module, study, Tensor)
+            if found.by_type:
+                with contextlib.suppress(Refusal):  # it may be for tensors alone
+                    _study_mode(module, study, list)
+        except Refusal as refusal:
+            study.refusals[_MODES[training]] = str(refusal)
+            continue
+        finally:
+            vars(module)["training"] = mode
+        if not any(holder is module and name == "training" for holder, name, _ in found.read):
+            break
+    return study
+
+
+def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
+    """Add to a study what forward does in the present mode; return its trace."""
+    found, calls = _folded(module, kind)
+    study.calls.extend(calls)
+    study.functions.append(sum(node.target is F.batch_norm for node in found.graph.nodes))
+    if any(call.residual or call.activation for call in calls):
+        study.plans.append(Plan(_compiled(found.graph, module), found))
+    return found
+
+
+_MODES = {True: "training", False: "evaluation"}
+
+
+def _unplanned(module: nn.Module) -> str:
+    """Say why the forward of a module is not even traced, or ""."""
+    if "forward" in vars(module):
+        return "forward is an attribute of the module itself"
+    if isinstance(module, fx.GraphModule):
+        return "it is a graph already, of torch.fx"
+    if parametrize.is_parametrized(module):
+        return "it has parametrizations"
+    return ""
+
+
+def _folded(module: nn.Module, kind: type) -> tuple[Trace, list[Call]]:
+    """Return a trace whose graph is folded, and its calls of batch norms."""
+    found = trace(module, (), kind)
+    calls = _folding.fold(found.graph, module, _is_norm)
+    paths = _folding.openable(found.graph, module, _is_norm)
+    if paths:
+        opened = tuple(module.get_submodule(path) for path in sorted(paths))
+        try:
+            found = trace(module, opened, kind)
+        except Refusal:
+            return found, calls
+        calls = _folding.fold(found.graph, module, _is_norm)
+    return found, calls
+
+
+_numbers = itertools.count()
+
+
+def _compiled(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
+    """Return the function of a graph, whose source tracebacks can show."""
+    code = graph.python_code("self")
+    name = f"<fused forward {next(_numbers)} of {type(module).__qualname__}>"
+    source = code.src.strip() + "\n"
+    linecache.cache[name] = (len(source), None, source.splitlines(True), name)
+    names = dict(code.globals)
+    exec(compile(source, name, "exec"), names)
+    run: Callable[..., Any] = names["forward"]
+    return run
+
+
+# ---- the class of a module whose forward was rewritten ----
+
+
+class _Planned:
+    """What comes before the class of a module: how it is copied and pickled."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Reduce to an instance of the original class, and to fusing what comes out."""
+        reduced = super().__reduce_ex__(protocol)
+        if not isinstance(reduced, tuple) or not reduced[1] or reduced[1][0] is not type(self):
+            return reduced  # it makes itself anew in a way of its own
+        make, (_, *rest), state, *more = reduced
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != _PLANS}
+        return _remade, (make, _original(type(self)), *rest), state, *more
+
+    def __setstate__(self, state: Any) -> None:
+        """Take the state, and make plans for the modules that came with it."""
+        super().__setstate__(state)  # type: ignore[misc]
+        vars(self)[_PLANS] = _study(self).plans  # type: ignore[arg-type]
+
+
+def _remade(make: Callable[..., nn.Module], kind: type, *rest: Any) -> nn.Module:
+    module = make(kind, *rest)
+    module.__class__ = _planned(kind)
+    return module
+
+
+@functools.cache
+def _planned(kind: type) -> type:
+    """Return the subclass of a class of modules that uses plans."""
+    original = kind.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs:
+            for plan in vars(self).get(_PLANS, ()):
+                if plan.fits(args):
+                    return plan.run(self, *args)
+        return original(self, *args, **kwargs)
+
+    body = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+        "forward": forward,
+    }
+    return type(kind)(kind.__name__, (_Planned, kind), body)
+
+
+def _original(kind: type) -> type:
+    return kind.__mro__[2] if issubclass(kind, _Planned) else kind
+
+
+def _restore(module: nn.Module) -> None:
+    module.__class__ = _original(type(module))
+    vars(module).pop(_PLANS, None)
+
+
+def _rewrite(module: nn.Module) -> None:
+    """Give a module the plans of its forward, or take away those of an earlier time."""
+    plans = _study(module).plans if _is_candidate(module) else []
+    if not plans:
+        _restore(module)
+        return
+    vars(module)[_PLANS] = plans
+    if not isinstance(module, _Planned):
+        module.__class__ = _planned(type(module))
+
+
+# ---- the report ----
+
+
+class Row(NamedTuple):
+    """One batch norm in a report."""
+
+    name: str
+    """As in ``named_modules``."""
+    kind: str
+    """Its class."""
+    fused: bool
+    """Whether it is ours."""
+    residual: bool
+    """Whether a sum is folded into it."""
+    activation: str | None
+    """The activation that is folded into it."""
+    reason: str
+    """Why not more, or ""."""
+
+
+class Report(tuple[Row, ...]):
+    """The rows of :func:`explain`; as a string, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return the table."""
+        heads = ("batch norm", "class", "fused with", "not more, because")
+        lines = [heads, tuple("-" * len(head) for head in heads)]
+        lines += [(row.name or "(itself)", row.kind, _with(row), row.reason) for row in self]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+        lines[1] = tuple("-" * width for width in widths)
+        shown = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        return "\n".join(shown)
+
+    __repr__ = __str__
+
+
+def _with(row: Row) -> str:
+    parts = ["residual"] * row.residual + [row.activation] * (row.activation is not None)
+    return " + ".join(parts) if parts else "nothing" if row.fused else "-"
+
+
+def explain(model: nn.Module) -> Report:
+    """Say of each batch norm what is fused into it, and why not more.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Before :func:`fuse` or after it. It is traced anew and not changed.
+
+    Returns
+    -------
+    Report
+        A tuple of rows ``(name, kind, fused, residual, activation, reason)``, in the order of
+        ``named_modules``, which prints as a table. A batch norm that is called in several ways has
+        several rows. Calls of ``F.batch_norm``, which stay as they are, have one row for each
+        forward.
+
+    Raises
+    ------
+    TypeError
+        The model is no module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fusebn.torch as fbt
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Tanh())
+    >>> print(fbt.explain(fbt.fuse(model)))
+    batch norm  class        fused with  not more, because
+    ----------  -----------  ----------  -----------------
+    0           BatchNorm1d  nothing     Tanh '1' follows
+    """
+    _check("explain", model)
+    rows: list[Row] = []
+    studies = _Studies(model)
+    for name, module, closed in _walk(model):
+        kind = type(module).__name__
+        if isinstance(module, _BatchNorm):
+            reason = closed or _left_alone(module)
+            told = [(False, None, reason)] if reason else studies.of(name, module)
+            ours = isinstance(module, modules.Extended)
+            rows += (Row(name, kind, ours, *each) for each in told)
+        elif count := studies.functions(name):
+            reason = f"a function, called {count} times; only modules are fused"
+            rows.append(Row(name, "F.batch_norm", False, False, None, reason))
+    return Report(rows)
+
+
+class _Studies:
+    """What is known of all forwards of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.studies: dict[str, tuple[nn.Module, Study]] = {}
+        for name, module, closed in _walk(model):
+            home = type(module).__module__
+            if not closed and (_is_candidate(module) or not home.startswith(_LIBRARIES)):
+                self.studies[name] = module, _study(module)
+
+    def functions(self, name: str) -> int:
+        """Return how often a forward calls F.batch_norm."""
+        return max(self.studies[name][1].functions, default=0) if name in self.studies else 0
+
+    def of(self, name: str, norm: nn.Module) -> list[tuple[bool, str | None, str]]:
+        """Return residual, activation and reason for each kind of call of a batch norm."""
+        ours = isinstance(norm, modules.Extended)
+        found: list[tuple[bool, str | None, str]] = []
+        for parent_name, (parent, study) in self.studies.items():
+            for call in study.calls:
+                if call.norm is norm:
+                    found.append(_told(call, ours, parent_name, parent, study))
+        more = [told for told in found if told[0] or told[1] or "fuse" in told[2]]
+        return list(dict.fromkeys(more or found)) or [(False, None, self._unseen(name))]
+
+    def _unseen(self, name: str) -> str:
+        """Say why no graph has a call of a batch norm."""
+        while name:
+            name = name.rpartition(".")[0]
+            if name in self.studies and (refusals := self.studies[name][1].refusals):
+                reasons = " / ".join(dict.fromkeys(refusals.values()))
+                return f"{_forward_of(name)} cannot be traced: {reasons}"
+        return "no forward that was traced calls it"
+
+
+_LIBRARIES = ("torch.nn.", "fusebn.")
+
+
+def _told(
+    call: Call, ours: bool, name: str, parent: nn.Module, study: Study
+) -> tuple[bool, str | None, str]:
+    """Return what a row says of a call: what is folded, or what would be."""
+    partly = [f"not in {mode}: {why}" for mode, why in study.refusals.items()]
+    folds = Row("", "", True, *call[1:])
+    if not (call.residual or call.activation):
+        return False, None, call.reason
+    if any(plan.holds() for plan in vars(parent).get(_PLANS, ())):
+        return call.residual, call.activation, "; ".join([*filter(None, [call.reason]), *partly])
+    if ours and isinstance(parent, _Planned):
+        return False, None, f"{_forward_of(name)} met other attributes or children: fuse again"
+    return False, None, f"fuse would fold {_with(folds)} into it"
+
+
+def _forward_of(name: str) -> str:
+    return f"forward of {name!r}" if name else "forward of the model"
+
+
+def _left_alone(norm: nn.Module) -> str:
+    """Say why a batch norm that is not ours stays what it is, or ""."""
+    if "forward" in vars(norm):
+        return "forward is an attribute of the module itself"
+    if _is_norm(norm):
+        return ""
+    if isinstance(norm, nn.SyncBatchNorm):
+        return "use fusebn.torch.convert_sync_batchnorm, then fuse"
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        return "it has no channels yet: call the model once, then fuse"
+    return "its class is not PyTorch's own"
