@@ -80,6 +80,8 @@ def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor,
         w = x.new_ones(())
         count = x.new_full((), math.prod(x.shape[axis] for axis in axes), dtype=torch.float64)
     else:
+        # One for each position: all of them count.
+        weights = weights.expand([n if i in axes else 1 for i, n in enumerate(x.shape)])
         w = weights.to(x.dtype)
         count = weights.double().sum()
         x = torch.where(w > 0, x, 0)

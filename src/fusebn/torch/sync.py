@@ -18,8 +18,8 @@ _NAME = "SyncBatchNorm"
 M = TypeVar("M", bound=torch.nn.Module)
 
 
-class SyncBatchNorm(Extended, torch.nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm``, on CPUs too, and what surrounds it in the same pass.
+class SyncBatchNorm(Extended):
+    """As ``torch.nn.SyncBatchNorm``, on CPUs too, and what surrounds it in the same pass.
 
     In training, where ``torch.distributed`` is initialized and the group has more than one process,
     mean, variance and n are those of the whole batch; all else is as in `BatchNorm2d`, as it is
@@ -53,6 +53,7 @@ class SyncBatchNorm(Extended, torch.nn.SyncBatchNorm):
     Every process of the group must come to each forward, and to each backward of its input, in the
     same order. On the CPU the kernels are ours, with gloo or any other backend. On other devices
     the parts between the collectives are PyTorch's own ops; that has not been run on a GPU yet.
+    This is no subclass of PyTorch's, which ``DistributedDataParallel`` refuses on a CPU.
 
     As ``torch.nn.SyncBatchNorm``:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
@@ -91,15 +92,19 @@ class SyncBatchNorm(Extended, torch.nn.SyncBatchNorm):
     ) -> None:
         momentum = momentum_of(_NAME, momentum, decay)
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype,
-            bias=bias,
-        )  # fmt: skip
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
+        )
+        self.process_group = process_group
         self._extend(activation, correction, nonfinite, axis)
 
-    @classmethod
-    def convert_sync_batchnorm(cls, module: Any, process_group: Any = None) -> Any:
+    @staticmethod
+    def convert_sync_batchnorm(module: Any, process_group: Any = None) -> Any:
         """See :func:`fusebn.torch.convert_sync_batchnorm`."""
         return convert_sync_batchnorm(module, process_group)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     def _normalize(
         self,
