@@ -478,7 +478,13 @@ def test_checkpoints_within_checkpoints(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation": "silu"}, {"nonfinite": "skip"}, {"track_running_stats": False}],
+    [
+        {},
+        {"activation": "silu"},
+        {"momentum": None},
+        {"nonfinite": "skip"},
+        {"track_running_stats": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("training", [True, False])

@@ -202,42 +202,46 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """Normalize by the batch, and move the running statistics towards it."""
         recomputes, tracked = is_recomputation(), self.num_batches_tracked
-        # To be counted when nothing has failed.
-        factor = self._factor(tracked, 0 if recomputes else 1)
+        factor = 1.0 if self.momentum is None else self.momentum
         others = True, factor, residual, activation, weights
-        if mean is None or var is None:
-            y = self._normalize(input, mean, var, *others)
-        elif recomputes:
-            # The same steps over copies: checkpointing compares what the two forwards have saved.
-            return self._normalize(input, mean.clone(), var.clone(), *others)
-        elif self.nonfinite == "propagate":
+        plain = self.nonfinite == "propagate" and self.momentum is not None and not recomputes
+        if mean is None or var is None or plain:
             y = self._normalize(input, mean, var, *others)
         else:
             new = mean.clone(), var.clone()
             y = self._normalize(input, *new, *others)
+            # The same steps again, as checkpointing demands, and nothing comes of them.
+            if recomputes:
+                return y
             self._take(mean, var, *new)
+        # Counted only now: nothing has failed.
         if tracked is not None:
             tracked.add_(1)
         return y
 
-    def _factor(self, tracked: Tensor | None, more: int) -> float:
-        """Return the weight of the batch: one share of all batches where momentum is None."""
-        if self.momentum is not None:
-            return self.momentum
-        return 0.0 if tracked is None else 1.0 / (float(tracked) + more)
-
+    @torch.no_grad()
     def _take(self, mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor) -> None:
-        """Take over the new statistics of the channels that have any."""
-        finite = new_mean.isfinite() & new_var.isfinite()
-        if self.nonfinite == "raise" and not finite.all():
-            bad = (~finite).nonzero().flatten().tolist()
-            shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-            fix = 'Use nonfinite="skip" to leave such channels out of the running statistics.'
-            expected = 'hold finite values (nonfinite="raise")'
-            name, got = type(self).__name__, f"NaN or Inf in channels {shown}"
-            _spec.fail(ValueError, name, "input", expected, got, fix)
-        mean.copy_(torch.where(finite, new_mean, mean))
-        var.copy_(torch.where(finite, new_var, var))
+        """Take over new statistics: into the cumulative average, and if they are finite."""
+        if self.momentum is None:
+            # By a tensor, for which no compiler has to wait. Without a count PyTorch never moves.
+            tracked = self.num_batches_tracked
+            share = mean.new_zeros(()) if tracked is None else 1 / (tracked + 1).to(mean.dtype)
+            new_mean, new_var = mean.lerp(new_mean, share), var.lerp(new_var, share)
+        if self.nonfinite != "propagate":
+            finite = new_mean.isfinite() & new_var.isfinite()
+            if self.nonfinite == "raise" and not finite.all():
+                self._refuse((~finite).nonzero().flatten().tolist())
+            new_mean = torch.where(finite, new_mean, mean)
+            new_var = torch.where(finite, new_var, var)
+        mean.copy_(new_mean)
+        var.copy_(new_var)
+
+    def _refuse(self, channels: list[int]) -> None:
+        shown = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+        fix = 'Use nonfinite="skip" to leave such channels out of the running statistics.'
+        expected = 'hold finite values (nonfinite="raise")'
+        name, got = type(self).__name__, f"NaN or Inf in channels {shown}"
+        _spec.fail(ValueError, name, "input", expected, got, fix)
 
 
 def _is_half(tensor: Tensor) -> bool:
