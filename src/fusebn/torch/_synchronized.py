@@ -16,7 +16,7 @@ Derivatives of higher order, those of the weights, and other devices than the CP
 composite: `_portable` on both sides of a gather that can be differentiated.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,15 +25,7 @@ from torch import Tensor
 from fusebn import _core
 from fusebn.torch import _kernels, _portable
 from fusebn.torch._arguments import ELEMENTS
-from fusebn.torch._portable import Options
-
-
-class Moments(NamedTuple):
-    """Moments in float64, a rank 0 tensor and two of [channels]."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
+from fusebn.torch._portable import Moments, Options
 
 
 def batch_norm(
@@ -46,6 +38,26 @@ def batch_norm(
     group: Any,
 ) -> tuple[Tensor, Moments]:
     """Return y, and the moments of the whole batch, which are constants."""
+    if torch.compiler.is_compiling():
+        return _apart(x, scale, offset, residual, weights, options, group)
+    return _batch_norm(x, scale, offset, residual, weights, options, group)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _apart(*arguments: Any) -> tuple[Tensor, Moments]:
+    """Do it between two compiled graphs."""
+    return _batch_norm(*arguments)
+
+
+def _batch_norm(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    group: Any,
+) -> tuple[Tensor, Moments]:
     if not x.is_cpu:
         y, moments = _composite(x, scale, offset, residual, weights, options, group)
         return y, Moments(*(value.detach() for value in moments))
@@ -59,7 +71,7 @@ def batch_norm(
 def _merge(gathered: Tensor) -> Moments:
     """Merge moments, a row [count, mean, m2] for each rank."""
     channels = (gathered.shape[1] - 1) // 2
-    counts, means, m2s = gathered.split([1, channels, channels], 1)
+    counts, means, m2s = torch.split(gathered, [1, channels, channels], 1)
     count = counts.sum()
     mean = (counts * means).sum(0) / torch.where(count > 0, count, 1)
     return Moments(count, mean, (m2s + counts * (means - mean).square()).sum(0))
@@ -88,14 +100,14 @@ class _Sum(torch.autograd.Function):
     """The sum over all processes. What flows back is the sum of what flows back everywhere."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         ctx.group = group
         total = values.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return _Sum.apply(gradient, ctx.group), None
 
 
@@ -103,14 +115,14 @@ class _Gather(torch.autograd.Function):
     """The vectors of all processes, a row for each rank."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         ctx.group = group
         gathered = values.new_empty(dist.get_world_size(group), values.numel())
         dist.all_gather(list(gathered), values.contiguous(), group=group)
         return gathered
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         return _Sum.apply(gradient, ctx.group)[dist.get_rank(ctx.group)], None
 
 
@@ -144,7 +156,7 @@ class _Synchronized(torch.autograd.Function):
     """The four verbs, with a collective behind the first and the third."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor | None,
@@ -168,7 +180,7 @@ class _Synchronized(torch.autograd.Function):
         return y, *moments
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
         *tensors, mean, rstd = ctx.saved_tensors
         x, scale, offset, residual, weights = tensors
         options, group, needed = ctx.options, ctx.group, ctx.needs_input_grad
@@ -196,7 +208,7 @@ def _rstd(variance: Tensor, epsilon: float) -> Tensor:
 
 
 def _through_composite(
-    dy: Tensor, tensors: list[Tensor | None], options: Options, group: Any, needed: Any
+    dy: Tensor, tensors: list[Any], options: Options, group: Any, needed: Any
 ) -> list[Tensor | None]:
     """Return the gradients of the composite, differentiable in their turn if that is asked for.
 
@@ -204,8 +216,9 @@ def _through_composite(
     """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
-        y, _ = _composite(*own, options, group)  # type: ignore[arg-type]
+        own: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+        x, scale, offset, residual, weights = own
+        y, _ = _composite(x, scale, offset, residual, weights, options, group)
         wanted = [i for i in range(len(own)) if needed[i]]
         found = torch.autograd.grad(y, [own[i] for i in wanted], dy, create_graph=again)
     gradients: list[Tensor | None] = [None] * len(own)

@@ -110,7 +110,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = [self._buffers[name] for name in _RUNNING]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, old in zip(_RUNNING, before, strict=True):
             new = self._buffers[name]
             if new is not None and old is not None and _is_half(new):
@@ -151,7 +151,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             One non-negative real for each position, in the shape of `input` without the channels:
             see :func:`fusebn.torch.batch_norm`.
         """
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if self._frozen or not self.training:
             training, updates = mean is None and var is None, False
@@ -203,13 +203,12 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         """Normalize by the batch, and move the running statistics towards it."""
         recomputes, tracked = is_recomputation(), self.num_batches_tracked
         factor = 1.0 if self.momentum is None else self.momentum
-        others = True, factor, residual, activation, weights
         plain = self.nonfinite == "propagate" and self.momentum is not None and not recomputes
         if mean is None or var is None or plain:
-            y = self._normalize(input, mean, var, *others)
+            y = self._normalize(input, mean, var, True, factor, residual, activation, weights)
         else:
             new = mean.clone(), var.clone()
-            y = self._normalize(input, *new, *others)
+            y = self._normalize(input, *new, True, factor, residual, activation, weights)
             # The same steps again, as checkpointing demands, and nothing comes of them.
             if recomputes:
                 return y
@@ -419,7 +418,7 @@ class _Unsized(Extended):
         super().initialize_parameters(input.movedim(self.axis, 1))  # type: ignore[misc]
 
 
-class LazyBatchNorm1d(_Unsized, torch.nn.LazyBatchNorm1d):  # type: ignore[misc]
+class LazyBatchNorm1d(_Unsized, torch.nn.LazyBatchNorm1d):
     """`BatchNorm1d`, its number of channels told by the first input.
 
     Examples
@@ -435,13 +434,13 @@ class LazyBatchNorm1d(_Unsized, torch.nn.LazyBatchNorm1d):  # type: ignore[misc]
     cls_to_become = BatchNorm1d
 
 
-class LazyBatchNorm2d(_Unsized, torch.nn.LazyBatchNorm2d):  # type: ignore[misc]
+class LazyBatchNorm2d(_Unsized, torch.nn.LazyBatchNorm2d):
     """`BatchNorm2d`, its number of channels told by the first input: see `LazyBatchNorm1d`."""
 
     cls_to_become = BatchNorm2d
 
 
-class LazyBatchNorm3d(_Unsized, torch.nn.LazyBatchNorm3d):  # type: ignore[misc]
+class LazyBatchNorm3d(_Unsized, torch.nn.LazyBatchNorm3d):
     """`BatchNorm3d`, its number of channels told by the first input: see `LazyBatchNorm1d`."""
 
     cls_to_become = BatchNorm3d

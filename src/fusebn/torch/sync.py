@@ -125,10 +125,9 @@ class SyncBatchNorm(Extended):
         axis = self._check(input)
         _spec.activation(_NAME, activation)
         chosen = activation or "identity"
-        joins = residual is None or self._joins(residual, input)
-        options = Options(
-            True, axis, self.eps, self.correction, 1.0, chosen if joins else "identity"
-        )
+        if residual is not None and not self._joins(residual, input):
+            y = self._normalize(input, mean, var, training, factor, None, None, weights)
+            return _portable.ACTIVATIONS[chosen](y + residual)
         if weights is not None:
             weights = _arguments.position_weights(_NAME, "weights", weights, input, {axis})
         stat = _arguments.stat_type(input)
@@ -136,12 +135,13 @@ class SyncBatchNorm(Extended):
             _arguments.vector(_NAME, name, getattr(self, name), input, axis, stat)
             for name in ("weight", "bias")
         )
+        options = Options(True, axis, self.eps, self.correction, 1.0, chosen)
         y, moments = _synchronized.batch_norm(
-            input, scale, offset, residual if joins else None, weights, options, group
+            input, scale, offset, residual, weights, options, group
         )
         if mean is not None and var is not None:
             _synchronized.mix(mean, var, moments, factor, self.correction)
-        return y if joins else _portable.ACTIVATIONS[chosen](y + residual)
+        return y
 
     def _others(self) -> Any:
         """Return the group, or None if there is nobody else in it."""
