@@ -52,10 +52,11 @@ def info(as_json: bool) -> None:
 @cli.command()
 @click.option(
     "--framework",
-    type=click.Choice(["numpy", "tensorflow"]),
+    type=click.Choice(["numpy", "tensorflow", "torch"]),
     default="numpy",
     show_default=True,
-    help="What the network is written in; TensorFlow: as a graph with a session.",
+    help="What the network is written in; TensorFlow: a graph with a session; PyTorch: as it is, "
+    "and after fusebn.torch.fuse.",
 )
 @click.option(
     "--seed",
@@ -67,8 +68,7 @@ def info(as_json: bool) -> None:
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    default=20,
-    show_default=True,
+    show_default="20; with torch 5",
     help="Passes over the training digits.",
 )
 @click.option(
@@ -78,7 +78,7 @@ def info(as_json: bool) -> None:
     show_default=True,
     help="A folder, or the path of an .html file. Existing files are replaced.",
 )
-def demo(framework: str, seed: int, epochs: int, out: Path) -> None:
+def demo(framework: str, seed: int, epochs: int | None, out: Path) -> None:
     """Train on handwritten digits, and write a report.
 
     Shows what batch normalization does, what people get wrong about it, and what that costs.

@@ -3,6 +3,10 @@
 He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", 2015,
 https://arxiv.org/abs/1512.03385, with the strides where torchvision has them (ResNet v1.5), its
 names and its first weights: https://docs.pytorch.org/vision/main/models/resnet.html
+
+The last scale of each block begins at 0 (Goyal et al., 2017, https://arxiv.org/abs/1706.02677;
+torchvision's ``zero_init_residual``). With 1 the first steps amplify roundings to some percent of
+the loss, between any two kernels, and nothing could be compared.
 """
 
 from __future__ import annotations
@@ -63,6 +67,8 @@ class ResNet50(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits."""

@@ -18,22 +18,21 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fusebn.cli.demo import digits, report
 from fusebn.cli.demo.findings import Finding, moving_statistics, percent
-from fusebn.cli.demo.network import WIDTHS
 from fusebn.cli.demo.watch import Course
 
 
-def run(framework: str, seed: int, epochs: int, path: Path, console: Console) -> Path:
+def run(framework: str, seed: int, epochs: int | None, path: Path, console: Console) -> Path:
     """Run the demo; write the report to `path`; return where the trained network is, beside it."""
     started = perf_counter()
     # Before anything is printed: the framework may not be installed.
     chosen = import_module(f"fusebn.cli.demo.{framework}")
+    epochs = epochs or chosen.EPOCHS
     training, held_out = digits.split(seed)
     sizes = f"{len(training.labels):,} for training, {len(held_out.labels)} held out"
-    layers = " - ".join(map(str, WIDTHS))
     console.print(
         f"[bold]fusebn demo[/bold], {chosen.FRAMEWORK}, seed {seed}\n"
         f"Handwritten digits: {sizes}.\n"
-        f"Dense layers {layers}, between them batch normalization and ReLU.\n",
+        f"{chosen.NETWORK}\n",
         highlight=False,
     )
     model = path.with_suffix(chosen.MODEL)

@@ -130,7 +130,7 @@ def convergence(history: History, channels: list[int]) -> list[str]:
 def activations(first: First, images: Array) -> list[str]:
     """Return two figures: what reaches the first normalization, and what it becomes."""
     some = np.argsort(first.moving_mean)[::5]
-    before = (images @ first.weight)[:, some]
+    before = first.out(images)[:, some]
     after = batch_normalization(
         before, first.moving_mean[some], first.moving_variance[some], None, None, EPSILON
     )

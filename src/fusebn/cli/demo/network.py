@@ -3,10 +3,13 @@
 ::
 
     images -> Dense -> batch norm + ReLU -> Dense -> batch norm + ReLU -> Dense -> logits
+
+(With PyTorch it is a small convolutional one, as `fuse` is made for those.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,11 +20,16 @@ from fusebn import Moments
 Array = NDArray[Any]
 
 WIDTHS = (64, 256, 128, 10)
+DENSE = f"Dense layers {' - '.join(map(str, WIDTHS))}, between them batch normalization and ReLU."
 DECAY = 0.9  # An average over about ten batches keeps up with weights that still move.
 EPSILON = 1e-3
 CORRECTION = 1  # The moving variance divides by n - 1.
 
 CHUNK = 500
+
+
+def _itself(images: Array) -> Array:
+    return images
 
 
 class First(NamedTuple):
@@ -30,10 +38,15 @@ class First(NamedTuple):
     weight: Array
     moving_mean: Array
     moving_variance: Array
+    rows: Callable[[Array], Array] = _itself  # from images to what the weight multiplies
+
+    def out(self, images: Array) -> Array:
+        """Return what comes out: rows of channels."""
+        return self.rows(images) @ self.weight
 
     def population(self, images: Array) -> Moments:
         """Return the exact moments that the moving statistics approach; any number of images."""
-        return sum((Moments.of(x @ self.weight, axes=0) for x in chunks(images)), Moments())
+        return sum((Moments.of(self.out(x), axes=0) for x in chunks(images)), Moments())
 
 
 class Network(Protocol):

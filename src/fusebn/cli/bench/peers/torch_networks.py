@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,11 @@ from fusebn.cli.bench.cases import Case, Data, parse
 from fusebn.cli.bench.peers.torch import Torch
 from fusebn.cli.bench.resnet import EXPANSION, Bottleneck, ResNet50
 from fusebn.cli.bench.suites import Step
+from fusebn.cli.resident import resident
 
 CLASSES = 1000
 LOSSES = 20
-RATE, MOMENTUM = 0.01, 0.9
+RATE, MOMENTUM = 0.001, 0.9
 
 
 class Networks:
@@ -50,10 +50,10 @@ class Networks:
         """See Peer: the losses of the first steps, or the block's output; and the memory."""
         network = self._networks[step.name]
         if isinstance(network, _Training):
-            rest = [float(network.step()) for _ in range(LOSSES - 1)]
+            rest = [network.step().item() for _ in range(LOSSES - 1)]
             answer = {"losses": np.array([float(result), *rest])}
-            if bytes_ := peak(network.step):
-                answer["peak"] = np.array([bytes_], np.float64)
+            if found := resident(network.step):
+                answer["peak"] = np.array([found.peak], np.float64)
             return answer
         return {"y": self._peer.array(result.to(self._peer.x.dtype))}
 
@@ -106,22 +106,6 @@ def changed(model: nn.Module, way: str) -> Any:
 def precision(dtype: str) -> AbstractContextManager[object]:
     """Return what a forward pass runs in: autocast to a half type, or nothing."""
     return torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
-
-
-# The high-water mark of a process: https://docs.kernel.org/filesystems/proc.html
-_PROCESS = Path("/proc/self")
-
-
-def peak(step: Callable[[], object]) -> int | None:
-    """Return the most bytes that were resident while a step ran, where the system tells."""
-    try:
-        (_PROCESS / "clear_refs").write_text("5")  # the mark falls to what is resident now
-        step()
-        status = (_PROCESS / "status").read_text()
-    except OSError:
-        return None
-    [mark] = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(mark.split()[1]) << 10
 
 
 create = Networks

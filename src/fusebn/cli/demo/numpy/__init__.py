@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from fusebn.cli.demo.findings import batch_size_one, inference_leaves_no_trace
+from fusebn.cli.demo.network import DENSE
 from fusebn.cli.demo.numpy.findings import forgotten_update, reloaded
 from fusebn.cli.demo.numpy.network import Network
 from fusebn.cli.demo.numpy.training import train
 from fusebn.cli.demo.watch import Course, Study, watch
 
 FRAMEWORK = f"NumPy {np.__version__}"
+EPOCHS = 20
+NETWORK = DENSE
 MODEL = ".safetensors"
 
 

@@ -12,11 +12,14 @@ with hushed():  # whatever that level, it greets whoever imports it
     import tensorflow as tf
 
 from fusebn.cli.demo.findings import batch_size_one, inference_leaves_no_trace
+from fusebn.cli.demo.network import DENSE
 from fusebn.cli.demo.tensorflow.findings import forgotten_updates, one_op_a_layer, restored
 from fusebn.cli.demo.tensorflow.network import Network
 from fusebn.cli.demo.watch import Course, Study, watch
 
 FRAMEWORK = f"TensorFlow {tf.__version__}"
+EPOCHS = 20
+NETWORK = DENSE
 MODEL = ".ckpt"
 
 
