@@ -1,4 +1,4 @@
-"""`fuse`, `unfuse` and `explain`: the same numbers from the same model, whatever is done with it."""
+"""`fuse`, `unfuse`, `explain`: the same numbers from the same model, whatever is done with it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import NETWORKS, BasicBlock, DenseLayer, convolution, network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
-from fusebn.torch import _folding, modules
-from networks import NETWORKS, BasicBlock, DenseLayer, Flagged, convolution, network
+from fusebn.torch import modules
+
+SLOPE = 0.5  # a test changes it
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,8 @@ def step(model: nn.Module, x: Tensor, training: bool = True) -> list[Tensor]:
     y = model(x)
     torch.manual_seed(1)
     y.backward(torch.randn_like(y))
-    return [y.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+    gradients = [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [y.detach(), *gradients, *model.buffers()]
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor], ulps: float = 256) -> None:
@@ -82,6 +85,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, str | 
         yield calls
 
 
+def only_row(model: nn.Module) -> Any:
+    (row,) = fbt.explain(model)
+    return row
+
+
 # ---- architectures ----
 
 # How many batch norms of a network are called with (residual, activation).
@@ -111,7 +119,7 @@ def test_a_fused_network_computes_the_same(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_only_classes_change(name):
-    model, x = network(name)
+    model, _ = network(name)
     before = {key: (value, value.training) for key, value in model.named_modules()}
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     states = random.getstate(), torch.get_rng_state()
@@ -128,3 +136,579 @@ def test_only_classes_change(name):
     assert all(kept[key] is tensors[key] for key in tensors)
     assert model.state_dict().keys() == values.keys()
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unfuse_gives_back_every_class_and_keeps_what_was_learned(name):
+    fused, plain, x = pair(name)
+    classes = [type(module) for module in plain.modules()]
+    assert [type(module) for module in fused.modules()] != classes
+    step(fused, x)
+    learned = copy.deepcopy(fused.state_dict())
+    assert fbt.unfuse(fused) is fused
+    assert [type(module) for module in fused.modules()] == classes
+    for module, before in zip(fused.modules(), plain.modules(), strict=True):
+        assert vars(module).keys() == vars(before).keys()
+    assert all(torch.equal(value, learned[key]) for key, value in fused.state_dict().items())
+
+
+def test_unfuse_leaves_ours_ours():
+    ours = fbt.BatchNorm1d(4, correction=0)
+    model = nn.Sequential(ours, nn.ReLU())
+    assert only_row(fbt.fuse(model)).activation == "relu"
+    assert type(fbt.unfuse(model)[0]) is fbt.BatchNorm1d
+    assert ours.correction == 0
+
+
+def test_fusing_twice_is_fusing_once(monkeypatch):
+    fused, plain, x = pair("resnet, basic")
+    classes = [type(module) for module in fused.modules()]
+    assert [type(module) for module in fbt.fuse(fused).modules()] == classes
+    with counted(monkeypatch) as calls:
+        assert_equal(step(fused, x), step(plain, x))
+    assert len(calls) == 9
+    fbt.unfuse(fused)
+    assert [type(module) for module in fused.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_batch_norm_by_itself():
+    norm = nn.BatchNorm2d(3)
+    assert type(fbt.fuse(norm)) is fbt.BatchNorm2d
+    assert str(fbt.explain(norm)).splitlines()[2].startswith("(itself)    BatchNorm2d  nothing")
+    assert type(fbt.unfuse(norm)) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("function", [fbt.fuse, fbt.unfuse, fbt.explain])
+def test_a_model_is_a_module(function):
+    message = rf"^{function.__name__}: `model` must be a torch.nn.Module; got int\.$"
+    with pytest.raises(TypeError, match=message):
+        function(3)
+
+
+# ---- patterns ----
+
+
+class Around(nn.Module):
+    """A batch norm of a convolution, and a function of both and of an input."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__()
+        self.conv = convolution(3, 3)
+        self.bn = nn.BatchNorm2d(3)
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def around(forward: Callable[..., Any], **children: nn.Module) -> tuple[Any, Any, Tensor]:
+    """Return a module with that forward, fused and plain, and an input."""
+    kind = type("Case", (Around,), {"forward": forward, "__module__": __name__})
+    globals()["Case"] = kind  # where pickle looks for it
+    torch.manual_seed(3)
+    plain = kind(**children).double()
+    with torch.no_grad():
+        plain.bn.weight.uniform_(0.5, 2)
+        plain.bn.bias.normal_()
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    return fbt.fuse(copy.deepcopy(plain)), plain, x
+
+
+FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
+    "relu": (lambda s, x: F.relu(s.bn(x)), False, "relu"),
+    "relu in place": (lambda s, x: F.relu(s.bn(x), inplace=True), False, "relu"),
+    "relu_": (lambda s, x: torch.relu_(s.bn(x)), False, "relu"),
+    "torch.relu": (lambda s, x: torch.relu(s.bn(x)), False, "relu"),
+    ".relu": (lambda s, x: s.bn(x).relu(), False, "relu"),
+    ".relu_": (lambda s, x: s.bn(x).relu_(), False, "relu"),
+    "relu6": (lambda s, x: F.relu6(s.bn(x)), False, "relu6"),
+    "hardtanh": (lambda s, x: F.hardtanh(s.bn(x), 0, 6), False, "relu6"),
+    "leaky_relu": (lambda s, x: F.leaky_relu(s.bn(x)), False, "leaky_relu"),
+    "silu": (lambda s, x: F.silu(s.bn(x), inplace=True), False, "silu"),
+    "gelu": (lambda s, x: F.gelu(s.bn(x)), False, "gelu"),
+    "add": (lambda s, x: s.bn(x) + x, True, None),
+    "add, left": (lambda s, x: x + s.bn(x), True, None),
+    "torch.add": (lambda s, x: torch.add(x, s.bn(x)).relu(), True, "relu"),
+    ".add": (lambda s, x: F.gelu(s.bn(x).add(x)), True, "gelu"),
+    ".add_": (lambda s, x: F.silu(s.bn(x).add_(x)), True, "silu"),
+    "two": (lambda s, x: F.relu(s.bn(x) + s.conv(x) + x), True, None),
+    "residual first": (lambda s, x: F.relu(s.conv(x).tanh() + s.bn(x)), True, "relu"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_what_is_folded(case):
+    forward, residual, activation = FOLDED[case]
+    fused, plain, x = around(forward)
+    assert_same_model(fused, plain, x)
+    row = only_row(fused)
+    assert (row.residual, row.activation) == (residual, activation)
+
+
+MODULES = {
+    "relu": nn.ReLU(inplace=True),
+    "relu6": nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU(),
+    "silu": nn.SiLU(inplace=True),
+    "gelu": nn.GELU(),
+}
+
+
+@pytest.mark.parametrize("name", [*MODULES, "hardtanh"])
+def test_activation_modules(name):
+    act = MODULES.get(name, nn.Hardtanh(0, 6))
+    fused, plain, x = around(lambda s, x: s.act(s.bn(x) + x), act=act)
+    assert_same_model(fused, plain, x)
+    assert only_row(fused)[3:5] == (True, {"hardtanh": "relu6"}.get(name, name))
+
+
+def keeps_the_other_name(self: Any, x: Tensor) -> Tensor:
+    first = second = self.conv(x)
+    second += self.bn(x)
+    return first * 2
+
+
+def reads_its_average(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    mean = self.bn.running_mean.sum()
+    return y + self.conv(x) * mean
+
+
+def changes_the_residual(self: Any, x: Tensor) -> Tensor:
+    identity = x * 1
+    y = self.bn(x) + identity
+    identity.mul_(3)
+    return F.relu(y) + identity
+
+
+# (forward, what is folded nevertheless, reason)
+UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
+    "slope": (lambda s, x: F.leaky_relu(s.bn(x), 0.2), (False, None), "leaky_relu follows"),
+    "tanh approximation": (
+        lambda s, x: F.gelu(s.bn(x), approximate="tanh"),
+        (False, None),
+        "gelu follows",
+    ),
+    "hardtanh": (lambda s, x: F.hardtanh(s.bn(x)), (False, None), "hardtanh follows"),
+    "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), (False, None), "add follows"),
+    "number": (lambda s, x: s.bn(x) + 1.0, (False, None), "no other tensor"),
+    "itself": (lambda s, x: (lambda y: y + y)(s.bn(x)), (False, None), "no other tensor"),
+    "used twice": (
+        lambda s, x: (lambda y: F.relu(y) + y)(s.bn(x)),
+        (False, None),
+        "used more than once",
+    ),
+    "sum used twice": (
+        lambda s, x: (lambda y: F.relu(y) + y)(s.bn(x) + x),
+        (True, None),
+        "used more than once",
+    ),
+    "in place, twice": (
+        lambda s, x: (lambda y: (y.relu_(), y)[1])(s.bn(x)),
+        (False, None),
+        "used more than once",
+    ),
+    "other in place": (keeps_the_other_name, (False, None), "in place to another tensor"),
+    "changed input": (
+        lambda s, x: (lambda z: s.bn(z) + F.relu(z, inplace=True))(x * 1),
+        (False, None),
+        "relu might change its input before the sum",
+    ),
+    "changed by a child": (
+        lambda s, x: (lambda z: s.bn(z) + s.act(z))(x * 1),
+        (False, None),
+        "ReLU 'act' might change its input before the sum",
+    ),
+    "called again": (
+        lambda s, x: s.bn(x) + s.bn(s.conv(x)),
+        (True, None),
+        "end of forward",
+    ),
+    "average": (reads_its_average, (False, None), "parameters are read before"),
+    "changed residual": (changes_the_residual, (False, None), "change its residual after"),
+    "more arguments": (lambda s, x: F.relu(s.bn(input=x)), (False, None), "more than its input"),
+}
+
+
+@pytest.mark.parametrize("case", UNFOLDED)
+def test_what_is_not_folded(case):
+    forward, folded, reason = UNFOLDED[case]
+    fused, plain, x = around(forward, act=nn.ReLU(inplace=True))
+    if "changed" in case:
+        # Autograd does not allow it, of the original either.
+        fused, plain = fused.requires_grad_(False), plain.requires_grad_(False)
+        for training in (True, False):
+            assert_equal([fused.train(training)(x)], [plain.train(training)(x)])
+    else:
+        assert_same_model(fused, plain, x)
+    (row, *_) = fbt.explain(fused)
+    assert (row.residual, row.activation) == folded
+    assert reason in row.reason
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [
+        torch.full((3, 1, 1), 0.5, dtype=torch.float64),
+        torch.full((2, 4, 3, 5, 5), 0.5, dtype=torch.float64),
+        torch.full((4, 3, 5, 5), 0.5, dtype=torch.complex128),
+        0.5,
+    ],
+    ids=["broadcasts", "is broadcast to", "promotes", "is a number"],
+)
+def test_a_residual_of_another_kind_is_added_as_it_was(residual, monkeypatch):
+    fused, plain, x = around(lambda s, x, r: s.bn(x) + r)
+    assert only_row(fused).residual
+    with counted(monkeypatch) as calls:
+        actual, expected = fused(x, residual), plain(x, residual)
+    assert not calls
+    assert_equal([actual.abs()], [expected.abs()])
+    assert actual.dtype == expected.dtype
+
+
+def test_a_sum_in_place_keeps_its_error():
+    def forward(self: Any, x: Tensor, residual: Tensor) -> Tensor:
+        y = self.bn(x)
+        y += residual
+        return y
+
+    fused, plain, x = around(forward)
+    for model in fused, plain:
+        with pytest.raises(RuntimeError, match="doesn't match the broadcast shape"):
+            model(x, x[None])
+
+
+# ---- a model that changes after it was fused ----
+
+
+def test_an_attribute_may_change():
+    fused, plain, x = pair("flagged")
+    for activate in (False, True, False):
+        fused.activate = plain.activate = activate
+        assert_same_model(fused, plain, x)
+
+
+def test_a_global_may_change(monkeypatch):
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)) * SLOPE)
+    assert only_row(fused).activation == "relu"
+    monkeypatch.setitem(globals(), "SLOPE", 3.0)
+    assert_same_model(fused, plain, x)
+
+
+def test_a_layer_is_fused_for_tensors_and_for_lists(monkeypatch):
+    plain = DenseLayer(6, 2).double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 6, 3, 3, dtype=torch.float64)
+    for argument in (x, [x[:, :2], x[:, 2:]]):
+        with counted(monkeypatch) as calls:
+            assert_equal([fused(argument)], [plain(argument)])
+        assert len(calls) == 2
+    fused.drop_rate = plain.drop_rate = 0.5
+    again = "forward of the model met other attributes or children: fuse again"
+    assert [row.reason for row in fbt.explain(fused)] == [again] * 2
+    with counted(monkeypatch) as calls:
+        assert_same_model(fused, plain, x)
+    assert not calls
+    fbt.fuse(fused)
+    with counted(monkeypatch) as calls:
+        assert_same_model(fused, plain, x)
+    assert len(calls) == 6
+
+
+def exchange(model: Any) -> None:
+    model.act = nn.Tanh()
+
+
+def exchange_quietly(model: Any) -> None:
+    model._modules["act"] = nn.SiLU()
+
+
+def retune(model: Any) -> None:
+    model.act = nn.LeakyReLU()
+    model.act.negative_slope = 0.3
+
+
+def retune_in_place(model: Any) -> None:
+    model.leaky.negative_slope = 0.3
+
+
+def lose(model: Any) -> None:
+    model.bn = nn.Identity()
+
+
+def close(model: Any) -> None:
+    model.bn.eval()
+
+
+def give_own_activation(model: Any) -> None:
+    model.bn.activation = "silu"
+
+
+def unfuse_a_part(model: Any) -> None:
+    fbt.unfuse(model.bn)
+
+
+CHANGES = (exchange, exchange_quietly, retune, retune_in_place, lose, close, unfuse_a_part)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_child_may_change(change):
+    fused, plain, x = around(
+        lambda s, x: s.leaky(s.bn(s.act(s.bn(s.conv(x)))) + x),
+        act=nn.ReLU(inplace=True),
+        leaky=nn.LeakyReLU(),
+    )
+    assert [row.activation for row in fbt.explain(fused)] == ["relu", "leaky_relu"]
+    change(fused)
+    if change is not unfuse_a_part:
+        change(plain)
+    assert_same_model(fused, plain, x)
+
+
+def test_a_batch_norm_may_get_an_activation_of_its_own():
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)))
+    fused.bn.activation = "silu"
+    expected = F.relu(F.silu(plain.bn(x)))
+    assert_equal([fused(x)], [expected])
+    assert only_row(fbt.fuse(fused)).reason == "it has an activation already, silu"
+    assert_equal([fused(x)], [expected])
+
+
+def test_containers_may_grow():
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.BatchNorm1d(4), nn.ReLU()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    x = torch.randn(6, 4, dtype=torch.float64)
+    plain = Chain().double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert only_row(fused).activation == "relu"
+    for model in fused, plain:
+        model.layers.append(nn.Softplus())
+    assert_same_model(fused, plain, x)
+
+
+def test_sequentials_stay_sequentials():
+    plain = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)).double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    x = torch.randn(6, 4, dtype=torch.float64)
+    assert isinstance(fused, nn.Sequential)
+    assert [type(child) for child in fused] == [fbt.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert_equal([fused[:2](x)], [plain[:2](x)])
+    for model in fused, plain:
+        model.append(nn.Softplus())
+        model[1] = nn.Tanh()
+    assert len(fused) == 4
+    assert_same_model(fused, plain, x)
+    assert only_row(fused).reason == "Tanh '1' follows"
+
+
+# ---- hooks ----
+
+
+def heard(model: nn.Module, name: str, x: Tensor, kind: str) -> list[Tensor]:
+    """Return what a hook hears in one step of a model."""
+    values: list[Tensor] = []
+
+    def hook(_: nn.Module, *parts: Any) -> None:
+        values.extend(
+            t.clone() for part in parts for t in ([part] if isinstance(part, Tensor) else part)
+        )
+
+    handle = getattr(model.get_submodule(name), kind)(hook)
+    step(model, x)
+    handle.remove()
+    return values
+
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("name", ["bn", "act", "conv", ""])
+def test_a_hook_hears_what_it_heard(name, kind, monkeypatch):
+    fused, plain, x = around(lambda s, x: s.act(s.bn(s.conv(x)) + x), act=nn.ReLU())
+    assert_equal(heard(fused, name, x, kind), heard(plain, name, x, kind))
+    with counted(monkeypatch) as calls:
+        assert_equal(step(fused, x), step(plain, x))
+    assert calls == [(True, "relu")]
+
+
+def test_a_hook_of_all_modules_hears_every_module():
+    fused, plain, x = pair("resnet, basic")
+    names: dict[nn.Module, list[str]] = {fused: [], plain: []}
+    for model, called in names.items():
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *_, called=called: called.append(type(module).__name__)
+        )
+        step(model, x)
+        handle.remove()
+    assert sorted(names[fused]) == sorted(names[plain])
+    assert names[plain].count("ReLU") == 9
+
+
+def test_a_hook_of_a_sequential_whose_end_is_folded():
+    fused, plain, x = pair("mobilenet")
+    kind = "register_forward_hook"
+    assert_equal(heard(fused, "1.conv", x, kind), heard(plain, "1.conv", x, kind))
+
+
+def test_hooks_from_before():
+    plain = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4), nn.ReLU())
+    plain[1].register_forward_hook(lambda *_: None)
+    plain[2].register_forward_hook(lambda *_: None)
+    reasons = [row.reason for row in fbt.explain(fbt.fuse(plain))]
+    assert reasons == [
+        "'1' has hooks, which would not run",
+        "it has hooks, which would see other values",
+    ]
+
+
+# ---- what is shared ----
+
+
+def test_a_batch_norm_and_a_block_used_twice():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = BasicBlock(3, 3, 1, None)
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.bn(x))
+            x = self.block(self.block(x))
+            return self.bn(x) + self.bn(x * 2)
+
+    torch.manual_seed(0)
+    plain = Shared().double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert_same_model(fused, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+    rows = [(row.residual, row.activation) for row in fbt.explain(fused) if row.name == "bn"]
+    assert rows == [(False, "relu"), (True, None)]
+
+
+# ---- copies ----
+
+
+def by_pickle(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_save(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_save])
+@pytest.mark.parametrize("name", ["resnet, basic", "mobilenet", "densenet", "flagged"])
+def test_copies_are_fused_and_their_own(name, copied, monkeypatch):
+    fused, plain, x = pair(name)
+    other = copied(fused)
+    before = step(copy.deepcopy(plain), x)
+    with counted(monkeypatch) as calls:
+        assert_equal(step(other, x), before)
+    assert {call: calls.count(call) for call in calls} == EXPECTED[name]
+    assert_equal(step(fused, x), before)
+    fbt.unfuse(other)
+    assert [type(module) for module in other.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_state_dicts_go_both_ways():
+    fused, plain, x = pair("resnet, basic")
+    step(fused, x)
+    plain.load_state_dict(fused.state_dict())
+    assert_same_model(fused, plain, x)
+    step(plain, x)
+    fused.load_state_dict(plain.state_dict())
+    assert_same_model(fused, plain, x)
+
+
+def test_an_optimizer_from_before():
+    model, x = network("resnet, basic")
+    plain = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.1, momentum=0.9) for each in (model, plain)]
+    fbt.fuse(model)
+    for _ in range(3):
+        for each, optimizer in zip((model, plain), optimizers, strict=True):
+            step(each, x)
+            optimizer.step()
+    assert_equal([*model.state_dict().values()], [*plain.state_dict().values()], ulps=4096)
+
+
+# ---- what is put around a model ----
+
+
+@pytest.mark.parametrize("name", ["resnet, bottleneck", "mobilenet", "densenet"])
+def test_compile(name):
+    fused, plain, x = pair(name)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for training in (True, False):
+        assert_equal(step(compiled, x, training), step(plain, x, training))
+
+
+def test_export():
+    fused, plain, x = pair("resnet, basic")
+    program = torch.export.export(fused.eval(), (x,))
+    assert_equal([program.module()(x)], [plain.eval()(x)])
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("fusebn.batch_norm.default") == 11
+    assert not any("relu" in target or "add" in target for target in targets)
+
+
+def test_distributed_data_parallel(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fused, plain, x = pair("resnet, basic")
+        wrapped = nn.parallel.DistributedDataParallel(fused)
+        assert_equal(step(wrapped, x), step(plain, x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_checkpointing_counts_a_batch_once():
+    fused, plain, x = pair("resnet, basic")
+    x = x.requires_grad_()
+    expected, actual = plain(x), checkpoint(fused, x, use_reentrant=False)
+    for y in (expected, actual):
+        y.sum().backward()
+    assert_equal([actual.detach(), *fused.buffers()], [expected.detach(), *plain.buffers()])
+
+
+def test_functional_call():
+    fused, plain, x = pair("resnet, basic")
+    state = {key: value * 0.9 for key, value in plain.eval().state_dict().items()}
+    fused.eval()
+    actual, expected = (torch.func.functional_call(m, state, (x,)) for m in (fused, plain))
+    assert_equal([actual], [expected])
+
+
+def test_autocast():
+    fused, plain, x = pair("resnet, basic")
+    x = x.float()
+    fused, plain = fused.float(), plain.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = fused(x), plain(x)
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert_equal([actual], [expected], ulps=16)
+
+
+def test_a_forward_of_more_arguments():
+    def forward(self: Any, x: Tensor, scale: float = 1.0, *, shift: float = 0.0) -> Tensor:
+        return F.relu(self.bn(x)) * scale + shift
+
+    fused, plain, x = around(forward)
+    for args, options in [((x,), {}), ((x, 2.0), {}), ((x,), {"shift": 1.0})]:
+        assert_equal([fused(*args, **options)], [plain(*args, **options)])
+    assert_equal([fused(x=x)], [plain(x=x)])

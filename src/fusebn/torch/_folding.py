@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
+from fusebn.torch._tracing import is_watched
 from fusebn.torch.modules import Extended
 
 # ---- activations by all their names ----
@@ -69,7 +70,7 @@ def _activation_called(node: fx.Node, parent: nn.Module) -> str | None:
     """Return the name of the activation that a node applies to its first argument, or None."""
     if node.op == "call_module":
         plain = len(node.args) == 1 and not node.kwargs
-        return activation_of(parent.get_submodule(str(node.target))) if plain else None
+        return activation_of(_child(node, parent)) if plain else None
     if node.op not in ("call_function", "call_method") or node.target not in _FUNCTIONS:
         return None
     name, defaults, wanted = _FUNCTIONS[node.target]
@@ -133,21 +134,11 @@ def _are_alike(x: Any, residual: Any) -> bool:
 
 def why_not(norm: nn.Module) -> str:
     """Say what in a batch norm itself forbids that its call does more than it, or ""."""
-    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return "it has hooks, which would see another value"
+    if is_watched(norm):
+        return "it has hooks, which would see other values"
     if getattr(norm, "activation", None) is not None:
         return f"it has an activation already, {norm.activation}"
     return ""
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Say whether a module has hooks that run when it is called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _any_global_hook() -> bool:
@@ -175,13 +166,13 @@ def fold(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], bool
     """Fold what can be folded in a graph of a parent's forward; return all calls of batch norms."""
     calls = []
     for node in list(graph.nodes):
-        if node.op == "call_module" and is_norm(parent.get_submodule(node.target)):
+        if node.op == "call_module" and is_norm(_child(node, parent)):
             calls.append(_fold_one(graph, parent, node))
     return calls
 
 
 def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> Call:
-    norm = parent.get_submodule(str(node.target))
+    norm = _child(node, parent)
     reason = why_not(norm)
     if len(node.args) != 1 or node.kwargs:
         reason = "it is called with more than its input"
@@ -218,7 +209,7 @@ def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | Non
         return node, None, False, "what is added to it is no other tensor"
     if in_place and first is not node:
         return node, None, False, "it is added in place to another tensor"
-    reason = _obstacle(node, user, parent)
+    reason = _obstacle(node, user, parent) or _change_after(user, other, parent)
     return (node, None, False, reason) if reason else (user, other, in_place, "")
 
 
@@ -232,9 +223,13 @@ def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None,
     name = _activation_called(user, parent) if user.args and user.args[0] is node else None
     if name is None:
         return None, None, f"{_shown(user, parent)} follows"
-    if user.op == "call_module" and is_watched(parent.get_submodule(str(user.target))):
+    if user.op == "call_module" and is_watched(_child(user, parent)):
         return None, None, f"{user.target!r} has hooks, which would not run"
     return user, name, ""
+
+
+def _child(node: fx.Node, parent: nn.Module) -> nn.Module:
+    return parent.get_submodule(str(node.target))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -245,7 +240,7 @@ def _shown(node: fx.Node, parent: nn.Module) -> str:
     if node.op == "output":
         return "the end of forward"
     if node.op == "call_module":
-        kind = type(parent.get_submodule(str(node.target))).__name__
+        kind = type(_child(node, parent)).__name__
         return f"{kind} {node.target!r}"
     return str(getattr(node.target, "__name__", node.target))
 
@@ -281,7 +276,7 @@ def _obstacle(node: fx.Node, until: fx.Node, parent: nn.Module) -> str:
     Nothing in between may change its input or its parameters, or call it, whose running
     statistics would be updated in another order.
     """
-    norm, x = parent.get_submodule(str(node.target)), node.args[0]
+    norm, x = _child(node, parent), node.args[0]
     own = isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
     for between in _between(node, until):
         if between.op == "get_attr":
@@ -294,22 +289,32 @@ def _obstacle(node: fx.Node, until: fx.Node, parent: nn.Module) -> str:
     return ""
 
 
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+def _change_after(node: fx.Node, residual: fx.Node, parent: nn.Module) -> str:
+    """Say what changes the residual in place after the sum, or "": backward still needs it."""
+    for later in _between(node, None):
+        if residual in later.all_input_nodes and later.op != "output":
+            opaque = later.op == "call_module" and list(_child(later, parent).children())
+            if not opaque and _may_write(later, parent):
+                return f"{_shown(later, parent)} might change its residual after the sum"
+    return ""
+
+
+def _between(first: fx.Node, last: fx.Node | None) -> Iterator[fx.Node]:
     node = first.next
-    while node is not last:
+    while node is not last and node.op != "root":
         yield node
         node = node.next
 
 
 def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module) -> bool:
-    return any(m is norm for m in parent.get_submodule(str(node.target)).modules())
+    return any(m is norm for m in _child(node, parent).modules())
 
 
 def _is_fresh(node: fx.Node, parent: nn.Module) -> bool:
     """Say whether a value lies in memory of its own: that of a layer which computes it anew."""
     if node.op != "call_module":
         return False
-    kind = type(parent.get_submodule(str(node.target)))
+    kind = type(_child(node, parent))
     return kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear") and (
         kind is not nn.Identity
     )
@@ -318,7 +323,7 @@ def _is_fresh(node: fx.Node, parent: nn.Module) -> bool:
 def _may_write(node: fx.Node, parent: nn.Module) -> bool:
     """Say whether a node might change one of its inputs, or what shares memory with it."""
     if node.op == "call_module":
-        modules = list(parent.get_submodule(str(node.target)).modules())
+        modules = list(_child(node, parent).modules())
         return not all(_is_known(m) and not getattr(m, "inplace", False) for m in modules)
     if node.op == "call_method":
         return str(node.target).endswith("_")

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from torch.nn.utils import parametrize
 from fusebn import _spec
 from fusebn.torch import _folding, modules
 from fusebn.torch._folding import Call
-from fusebn.torch._tracing import Refusal, Trace, trace
+from fusebn.torch._tracing import Refusal, Terms, Trace, trace
 
 __all__ = ["Report", "Row", "explain", "fuse", "unfuse"]
 
@@ -167,9 +168,11 @@ def _closed(module: nn.Module) -> str:
     """Say why a module and all within it are left alone, or ""."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is in a ScriptModule: fuse before scripting"
-    if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+    home = type(module).__module__
+    # By name: PyTorch takes a second to import what compiles.
+    if home.startswith("torch._dynamo.") or module._compiled_call_impl is not None:
         return "it is in a compiled module: fuse before compiling"
-    if type(module).__module__.startswith(("torch.ao.", "torchao.")):
+    if home.startswith(("torch.ao.", "torchao.")):
         return "it is in a module for quantization"
     return ""
 
@@ -190,31 +193,10 @@ def _is_candidate(module: nn.Module) -> bool:
 
 
 class Plan(NamedTuple):
-    """A rewritten forward, in one mode or in both."""
+    """A rewritten forward, in one mode or in both, and when it may stand for the original."""
 
     run: Callable[..., Any]
-    trace: Trace
-
-    def fits(self, arguments: tuple[Any, ...]) -> bool:
-        """Say whether a call with these arguments, now, would do what was traced."""
-        return (
-            len(arguments) == len(self.trace.inputs)
-            and all(map(isinstance, arguments, self.trace.inputs))
-            and self.holds()
-        )
-
-    def holds(self) -> bool:
-        """Say whether all that the trace met is as it was."""
-        _, _, _, read, children, opened = self.trace
-        return (
-            all(_same(getattr(holder, name, None), value) for holder, name, value in read)
-            and all(tuple(each._modules.values()) == then for each, then in children)
-            and not any(_folding.is_watched(each) for each in opened)
-        )
-
-
-def _same(now: Any, then: Any) -> bool:
-    return now is then or (type(now) is type(then) and bool(now == then))
+    terms: Terms
 
 
 class Study(NamedTuple):
@@ -245,7 +227,7 @@ def _study(module: nn.Module) -> Study:
             continue
         finally:
             vars(module)["training"] = mode
-        if not any(holder is module and name == "training" for holder, name, _ in found.read):
+        if not any(holder is module and name == "training" for holder, name, _ in found.terms.read):
             break
     return study
 
@@ -256,7 +238,7 @@ def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
     study.calls.extend(calls)
     study.functions.append(sum(node.target is F.batch_norm for node in found.graph.nodes))
     if any(call.residual or call.activation for call in calls):
-        study.plans.append(Plan(_compiled(found.graph, module), found))
+        study.plans.append(Plan(_compiled(found.graph, module), found.terms))
     return found
 
 
@@ -301,6 +283,7 @@ def _compiled(graph: fx.Graph, module: nn.Module) -> Callable[..., Any]:
     names = dict(code.globals)
     exec(compile(source, name, "exec"), names)
     run: Callable[..., Any] = names["forward"]
+    weakref.finalize(run, linecache.cache.pop, name, None)
     return run
 
 
@@ -341,7 +324,7 @@ def _planned(kind: type) -> type:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not kwargs:
             for plan in vars(self).get(_PLANS, ()):
-                if plan.fits(args):
+                if plan.terms.fit(args):
                     return plan.run(self, *args)
         return original(self, *args, **kwargs)
 
@@ -510,7 +493,7 @@ def _told(
     folds = Row("", "", True, *call[1:])
     if not (call.residual or call.activation):
         return False, None, call.reason
-    if any(plan.holds() for plan in vars(parent).get(_PLANS, ())):
+    if any(plan.terms.hold() for plan in vars(parent).get(_PLANS, ())):
         return call.residual, call.activation, "; ".join([*filter(None, [call.reason]), *partly])
     if ours and isinstance(parent, _Planned):
         return False, None, f"{_forward_of(name)} met other attributes or children: fuse again"

@@ -2,7 +2,7 @@
 
 `torch.fx` runs forward once, with stand-ins for the tensors, and records what is done to them. The
 record is forward only as long as the Python around the tensors would do the same again. So this
-writes down what that Python read (`Trace.read`, `Trace.children`), and refuses a forward whose
+writes down what that Python read (`Terms`), and refuses a forward whose
 Python reads what may change unseen, changes something, or draws random numbers.
 
 The children of the module are called and not looked into, but for those that are to be opened.
@@ -31,15 +31,52 @@ class Refusal(Exception):
     """A forward cannot be traced; says why."""
 
 
-class Trace(NamedTuple):
-    """A graph of forward, and when it holds."""
+class Terms(NamedTuple):
+    """What a graph takes for granted."""
 
-    graph: fx.Graph
     inputs: tuple[tuple[type, ...], ...]  # types of the arguments; the rest have their defaults
-    by_type: bool  # whether forward asked for those types
     read: tuple[tuple[Any, str, Any], ...]  # (object, attribute, value)
     children: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]  # of these, in order
     opened: tuple[nn.Module, ...]  # what they do is in the graph, but not their hooks
+
+    def fit(self, arguments: tuple[Any, ...]) -> bool:
+        """Say whether a call with these arguments, now, would do what was traced."""
+        return (
+            len(arguments) == len(self.inputs)
+            and all(map(isinstance, arguments, self.inputs))
+            and self.hold()
+        )
+
+    def hold(self) -> bool:
+        """Say whether all that the trace met is as it was."""
+        _, read, children, opened = self
+        return (
+            all(_is_same(getattr(holder, name, None), value) for holder, name, value in read)
+            and all(tuple(each._modules.values()) == then for each, then in children)
+            and not any(map(is_watched, opened))
+        )
+
+
+def _is_same(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and bool(now == then))
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Say whether a module has hooks that run when it is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class Trace(NamedTuple):
+    """A graph of forward, when it holds, and whether forward asked for the types of arguments."""
+
+    graph: fx.Graph
+    terms: Terms
+    by_type: bool
 
 
 def trace(module: nn.Module, opened: tuple[nn.Module, ...] = (), kind: type = Tensor) -> Trace:
@@ -104,8 +141,8 @@ def _trace(module: nn.Module, opened: tuple[nn.Module, ...], kind: type) -> Trac
         for node in graph.nodes
         if node.op == "placeholder"
     )
-    seen = tuple(read.values()), _containers(module, graph)
-    return Trace(graph, inputs, bool(tracer.asked), *seen, opened)
+    terms = Terms(inputs, tuple(read.values()), _containers(module, graph), opened)
+    return Trace(graph, terms, bool(tracer.asked))
 
 
 def _containers(module: nn.Module, graph: fx.Graph) -> Any:
