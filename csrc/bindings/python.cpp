@@ -142,9 +142,9 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
   });
 }
 
-void py_floor(int kind, In a, In b, Out out, int64_t n) {
+void py_floor(int kind, In a, In b, Out out, int64_t n, int64_t ahead) {
   nb::gil_scoped_release released;
-  floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, pool());
+  floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, ahead, pool());
 }
 
 // A one-dimensional array of bytes whose memory goes back to the pool when the last view of it dies,
@@ -198,7 +198,8 @@ NB_MODULE(_core, m) {
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),
         nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"), array("dx"),
         array("dresidual"), array("dscale"), array("doffset"));
-  m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"));
+  m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"),
+        nb::arg("ahead"));
   m.def("streaming_bytes", &streaming_bytes);
   m.def("set_streaming_bytes", &set_streaming_bytes, nb::arg("bytes"));
   m.def("empty", &py_empty, nb::arg("bytes"));
