@@ -54,7 +54,7 @@ class Ours:
         return [_named(fresh), answer]
 
     def floors(self, verb: Verb) -> dict[str, Call]:
-        """Return the least that memory has to do for a verb: plain stores or streamed, early or not.
+        """Return the least that memory has to do for a verb, and the ways to go about it.
 
         A pass reads the tensors it needs and writes the ones it makes. Two passes in training: the
         first for the sums, the second for the result. Where a pass handles more tensors than any
