@@ -149,14 +149,18 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
 
 // The verbs one by one, for those who bring devices together between them.
 
+template <class T>
+Normalization<T> constants(In mean, In rstd, In scale, In offset, In residual, int activation) {
+  using S = Stat<T>;
+  return {mean.as<double>(), rstd.as<double>(), scale.as<S>(), offset.as<S>(), residual.as<T>(),
+          Activation(activation)};
+}
+
 void py_normalize(int type, int64_t outer, int64_t channels, int64_t inner, In x, In mean, In rstd,
                   In scale, In offset, In residual, int activation, Out y) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
-    using S = Stat<T>;
-    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
-                                         scale.as<S>(),       offset.as<S>(),
-                                         residual.as<T>(),    Activation(activation)};
+    const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
     verbs<T>().normalize(x.as<T>(), {outer, channels, inner}, normalization, y.as<T>(), pool());
   });
 }
@@ -166,10 +170,7 @@ void py_backward_sums(int type, int64_t outer, int64_t channels, int64_t inner, 
                       Out sum_g_x) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
-    using S = Stat<T>;
-    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
-                                         scale.as<S>(),       offset.as<S>(),
-                                         residual.as<T>(),    Activation(activation)};
+    const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
     verbs<T>().backward_sums(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
                              sum_g.as<double>(), sum_g_x.as<double>(), pool());
   });
@@ -181,21 +182,18 @@ void py_backward(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                  Out dresidual) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
-    using S = Stat<T>;
-    const Normalization<T> normalization{mean.as<double>(),   rstd.as<double>(),
-                                         scale.as<S>(),       offset.as<S>(),
-                                         residual.as<T>(),    Activation(activation)};
+    const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
     const StatisticsGradient statistics{count, sum_g.as<double>(), sum_g_x.as<double>(),
                                         dmean.as<double>(), dvariance.as<double>()};
     verbs<T>().backward(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
-                        sum_g.data ? &statistics : nullptr, weights.as<S>(), dx.as<T>(),
+                        sum_g.data ? &statistics : nullptr, weights.as<Stat<T>>(), dx.as<T>(),
                         dresidual.as<T>(), pool());
   });
 }
 
-void py_floor(int kind, In a, In b, Out out, int64_t n) {
+void py_floor(int kind, In a, In b, Out out, int64_t n, int64_t ahead) {
   nb::gil_scoped_release released;
-  floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, pool());
+  floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, ahead, pool());
 }
 
 // A one-dimensional array of bytes whose memory goes back to the pool when the last view of it dies,
@@ -262,7 +260,8 @@ NB_MODULE(_core, m) {
         array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("count"), array("sum_g"), array("sum_g_x"), array("dmean"), array("dvariance"),
         array("dx"), array("dresidual"));
-  m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"));
+  m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"),
+        nb::arg("ahead"));
   m.def("streaming_bytes", &streaming_bytes);
   m.def("set_streaming_bytes", &set_streaming_bytes, nb::arg("bytes"));
   m.def("empty", &py_empty, nb::arg("bytes"));

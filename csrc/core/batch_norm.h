@@ -82,9 +82,10 @@ struct Verbs {
 template <class T>
 FUSEBN_API const Verbs<T>& verbs();
 
-// What the memory allows: see floors.cpp. Arrays of n floats, 64-byte aligned; n a multiple of 16.
+// What the memory allows: see floors.cpp. Arrays of n floats, 64-byte aligned; n a multiple of 16. What
+// is read is asked for `ahead` elements early, or with 0 not at all.
 enum class Floor { read, copy, stream, read2, copy2, stream2 };
-void floor(Floor, const float* a, const float* b, float* out, int64_t n, Executor&);
+void floor(Floor, const float* a, const float* b, float* out, int64_t n, int64_t ahead, Executor&);
 
 // Outputs of at least this many bytes are written past the cache: they would not stay in it, and a
 // plain store first reads what it overwrites. To be set to a third of the last-level cache: input,

@@ -31,7 +31,7 @@ namespace fusebn {
   template <class T>                                                                              \
   void backward(const T*, const T*, Block, const Normalization<T>&, const StatisticsGradient*, \
                 const Stat<T>*, T*, T*, Executor&);                                               \
-  void floor(Floor, const float*, const float*, float*, int64_t, Executor&);                      \
+  void floor(Floor, const float*, const float*, float*, int64_t, int64_t, Executor&);             \
   template <class T>                                                                              \
   constexpr Verbs<T> kVerbs{moments<T>, normalize<T>, backward_sums<T>, backward<T>};             \
   }
@@ -80,8 +80,9 @@ const Verbs<T>& verbs() {
   return *kVerbsOf<T>[chosen.load(std::memory_order_relaxed)];
 }
 
-void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Executor& executor) {
-  kFloorOf[chosen.load(std::memory_order_relaxed)](kind, a, b, out, n, executor);
+void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, int64_t ahead,
+           Executor& executor) {
+  kFloorOf[chosen.load(std::memory_order_relaxed)](kind, a, b, out, n, ahead, executor);
 }
 
 namespace {

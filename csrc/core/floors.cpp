@@ -7,7 +7,8 @@
 
 namespace fusebn::FUSEBN_TARGET {
 
-void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Executor& executor) {
+void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, int64_t ahead,
+           Executor& executor) {
   using V = Vec<float>;
   constexpr int64_t kLanes = V::kLanes;
   const bool two = kind == Floor::read2 || kind == Floor::copy2 || kind == Floor::stream2;
@@ -19,6 +20,10 @@ void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, Ex
     V sums[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = i * kLanes;
+      if (ahead) {
+        __builtin_prefetch(a + e + ahead, 0, 2);
+        if (two) __builtin_prefetch(b + e + ahead, 0, 2);
+      }
       V v = load(a + e, Full{});
       if (two) v = v + load(b + e, Full{});
       if (reading)

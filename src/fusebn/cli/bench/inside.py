@@ -16,9 +16,14 @@ FLOORS = ("read", "copy", "stream", "read2", "copy2", "stream2")
 oracle = _reference
 
 
-def floor(kind: str, a: Array, b: Array | None = None, out: Array | None = None) -> None:
-    """Do to memory what one pass of a kernel does, with its threads and without its arithmetic."""
-    _core.floor(FLOORS.index(kind), a, b, out, a.nbytes // 64 * 16)
+def floor(
+    kind: str, a: Array, b: Array | None = None, out: Array | None = None, ahead: int = 0
+) -> None:
+    """Do to memory what one pass of a kernel does, with its threads and without its arithmetic.
+
+    What is read is asked for that many floats early.
+    """
+    _core.floor(FLOORS.index(kind), a, b, out, a.nbytes // 64 * 16, ahead)
 
 
 def gradient_into(

@@ -28,7 +28,8 @@ FLOOR = """\
 floor  the same reads and writes with our threads and no arithmetic: training
        forward reads x, then copies it; inference copies; backward reads dy and
        x, then reads both and writes dx; a residual is read or copied besides.
-       Stores are plain or streamed, whichever is faster.
+       Stores are plain or streamed, and what is read is asked for early or
+       not, whichever is fastest.
 warm   output memory that was used before (ours: out=; peers: an allocator
        that recycles)
 fresh  as a user gets it, the output's memory fetched and given back

@@ -50,7 +50,7 @@ class Record:
     verb: str
     bytes: int  # of one tensor
     wrong: str | None = None  # our answer was wrong, and so nothing was measured
-    floor: str | None = None  # the stores of the faster floor: "copy" or "stream"
+    floor: str | None = None  # how the fastest floor went about it
     runs: list[Run] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # peer -> why it was not measured
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from random import Random
 from time import perf_counter
 from typing import NamedTuple
 
@@ -131,11 +132,11 @@ def _race(record: Record, ours: Ours, verb: Verb, peers: dict[Key, Turn], rounds
 def take_turns(turns: dict[Key, Turn], rounds: int) -> dict[Key, list[float]]:
     """Return the seconds of everybody's turn in each round."""
     seconds: dict[Key, list[float]] = {key: [] for key in turns}
-    order = list(turns)
+    order, chance = list(turns), Random(0)
     for _ in range(rounds):
+        chance.shuffle(order)  # nobody always finds the caches as the same neighbour left them
         for key in order:
             seconds[key].append(turns[key](CALLS))
-        order.append(order.pop(0))  # nobody always follows the same neighbour
     return seconds
 
 
