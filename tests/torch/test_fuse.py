@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -712,3 +713,324 @@ def test_a_forward_of_more_arguments():
     for args, options in [((x,), {}), ((x, 2.0), {}), ((x,), {"shift": 1.0})]:
         assert_equal([fused(*args, **options)], [plain(*args, **options)])
     assert_equal([fused(x=x)], [plain(x=x)])
+
+
+# ---- forwards that no graph can stand for ----
+
+
+def by_value(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) if x.sum() > 0 else self.bn(x)
+
+
+def by_shape(self: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3
+    return F.relu(self.bn(x))
+
+
+def by_python_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * random.random()
+
+
+def by_numpy_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * np.random.random()  # noqa: NPY002
+
+
+def by_torch_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) if torch.rand(()) < 0.5 else x
+
+
+def by_a_new_tensor(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * torch.full((3, 1, 1), 2.0)
+
+
+def without_gradient(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.relu(self.bn(x))
+    return y + x
+
+
+def without_autocast(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return F.relu(self.bn(x))
+
+
+def by_grad_mode(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.relu(y) if torch.is_grad_enabled() else y
+
+
+def through_checkpoint(self: Any, x: Tensor) -> Tensor:
+    return F.relu(checkpoint(self.bn, x, use_reentrant=False))
+
+
+def through_reentrant_checkpoint(self: Any, x: Tensor) -> Tensor:
+    return F.relu(checkpoint(self.bn, x, use_reentrant=True))
+
+
+def counting(self: Any, x: Tensor) -> Tensor:
+    self.called = getattr(self, "called", 0) + 1
+    return F.relu(self.bn(x)) * self.called
+
+
+def remembering(self: Any, x: Tensor) -> Tensor:
+    self.last = F.relu(self.bn(x))
+    return self.last
+
+
+def reading_a_list(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * self.factors[0]
+
+
+def reading_a_global_list(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * FACTORS[0]
+
+
+def printing(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    assert f"{y}"
+    return F.relu(y)
+
+
+def by_type(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.relu(y) if isinstance(y, Tensor) else y
+
+
+def of_all(self: Any, *inputs: Tensor) -> Tensor:
+    return F.relu(self.bn(inputs[0]))
+
+
+def of_a_keyword(self: Any, x: Tensor, *, scale: Any) -> Tensor:
+    return F.relu(self.bn(x)) * scale
+
+
+def through_a_stranger(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(STRANGER[0](x)))
+
+
+def through_something_foreign(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(Doubled.apply(x)))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 3 * dy  # unlike the derivative of forward: it must be this that runs
+
+
+FACTORS = [2.0]
+STRANGER = (nn.Tanh(),)
+UNTRACED: dict[Any, str] = {
+    by_value: "its control flow depends on",
+    by_shape: "its control flow depends on",
+    by_python_chance: "it draws random numbers itself",
+    by_numpy_chance: "it draws random numbers itself",
+    by_torch_chance: "it draws random numbers itself",
+    by_a_new_tensor: "a tensor that is no parameter, buffer or input",
+    without_gradient: "it sets no_grad, autocast, checkpointing",
+    without_autocast: "it sets no_grad, autocast, checkpointing",
+    by_grad_mode: "depends on more than its input",
+    through_checkpoint: "it sets no_grad, autocast, checkpointing",
+    through_reentrant_checkpoint: "it sets no_grad, autocast, checkpointing",
+    counting: "it sets 'called'",
+    remembering: "it sets 'last'",
+    reading_a_list: "it reads 'factors', a list",
+    reading_a_global_list: "it reads 'FACTORS', a list",
+    printing: "it makes text of a tensor",
+    by_type: "it asks for the type",
+    of_all: "IndexError",
+    of_a_keyword: "keyword-only",
+    through_a_stranger: "it reads 'STRANGER', a tuple",
+    through_something_foreign: "it sets no_grad",
+}
+
+
+@pytest.mark.parametrize("forward", UNTRACED, ids=lambda forward: forward.__name__)
+def test_what_cannot_be_traced_runs_as_it_did(forward):
+    FACTORS[0] = 2.0
+    fused, plain, x = around(forward)
+    keys = vars(plain).keys()
+    for model in fused, plain:
+        model.factors = [1.5]
+    fbt.fuse(fused)
+    assert vars(fused).keys() - {"factors"} == keys - {"factors"}
+    assert type(fused.bn) is fbt.BatchNorm2d
+    row = only_row(fused)
+    assert row[2:5] == (True, False, None)
+    assert row.reason.startswith("forward of the model cannot be traced: ")
+    assert UNTRACED[forward] in row.reason
+    fused.factors[0] = plain.factors[0] = FACTORS[0] = 7.0
+    options = {"scale": 2} if forward is of_a_keyword else {}
+    for training in (False, True):
+        results = []
+        for model in fused.train(training), plain.train(training):
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            inputs = x.clone().requires_grad_()
+            y = model(inputs, **options)
+            y.square().sum().backward()
+            # A recomputation updates nothing of ours, and what is PyTorch's a second time.
+            buffers = () if "checkpoint" in forward.__name__ else model.buffers()
+            results.append([y.detach(), inputs.grad, *buffers])
+        assert_equal(*results)
+
+
+def test_tracing_leaves_no_trace():
+    class Counted(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return F.relu(self.bn(x)) * self.count
+
+    plain = Counted().double()
+    plain.register_buffer("count", torch.zeros((), dtype=torch.float64))
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert only_row(fused).activation == "relu"
+    assert fused.count == 0
+    assert_same_model(fused, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+    assert "isinstance" not in globals()
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_one_mode_may_be_traced_and_the_other_not(monkeypatch):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(x))
+        return y * random.random() if self.training else y
+
+    fused, plain, x = around(forward)
+    with counted(monkeypatch) as calls:
+        assert_equal([fused.eval()(x)], [plain.eval()(x)])
+        fused.train()(x)
+    assert calls == [(False, "relu")]
+    reason = "not in training: it draws random numbers itself"
+    assert only_row(fused).reason == reason
+
+
+# ---- modules that are left alone ----
+
+
+class Sub(nn.BatchNorm2d):
+    """A batch norm of somebody else."""
+
+
+def own_forward() -> nn.Module:
+    norm = nn.BatchNorm2d(3)
+    norm.forward = lambda x: x
+    return norm
+
+
+LEFT = {
+    "synchronized": (
+        lambda: nn.SyncBatchNorm(3),
+        "use fusebn.torch.convert_sync_batchnorm, then fuse",
+    ),
+    "lazy": (
+        nn.LazyBatchNorm2d,
+        "it has no channels yet: call the model once, then fuse",
+    ),
+    "subclass": (lambda: Sub(3), "its class is not PyTorch's own"),
+    "own forward": (own_forward, "forward is an attribute of the module itself"),
+    "compiled": (
+        lambda: torch.compile(nn.Sequential(nn.BatchNorm2d(3)), backend="eager"),
+        "it is in a compiled module: fuse before compiling",
+    ),
+    "quantized": (
+        lambda: torch.ao.nn.intrinsic.BNReLU2d(nn.BatchNorm2d(3), nn.ReLU()),
+        "it is in a module for quantization",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_alone(case):
+    make, reason = LEFT[case]
+    model = nn.Sequential(make(), nn.ReLU())
+    classes = [type(module) for module in model.modules()]
+    fbt.fuse(model)
+    assert [type(module) for module in model.modules()] == classes
+    row = only_row(model)
+    assert row.reason == reason
+    assert not row.fused
+
+
+def test_forwards_that_are_left_alone():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
+    parametrized = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    parametrized.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(parametrized, "scale", nn.Softplus())
+    replaced = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    replaced.forward = lambda x: x
+    reasons = {
+        graph: "it is a graph already, of torch.fx",
+        parametrized: "it has parametrizations",
+        replaced: "forward is an attribute of the module itself",
+    }
+    for model, reason in reasons.items():
+        kind = type(model)
+        assert type(fbt.fuse(model)) is kind
+        assert only_row(model).reason == f"forward of the model cannot be traced: {reason}"
+        assert only_row(model).fused
+
+
+def test_ours_that_are_synchronized_or_lazy(monkeypatch):
+    x = torch.randn(4, 3, 5, 5)
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    for norm in fbt.SyncBatchNorm(3), fbt.LazyBatchNorm2d():
+        model = nn.Sequential(norm, nn.ReLU())
+        assert_equal([fbt.fuse(model)(x)], [plain(x)])
+        with counted(monkeypatch) as calls:
+            assert_equal([fbt.fuse(model)(x)], [plain(x)])
+        assert calls == [(False, "relu")]
+        assert only_row(model).activation == "relu"
+
+
+# ---- the report ----
+
+
+def test_a_report_is_a_table_and_a_tuple():
+    model, _ = network("dynamic")
+    report = fbt.explain(model)
+    assert report[0] == ("stem.1", "BatchNorm2d", False, False, None, report[0].reason)
+    assert str(report) == repr(report)
+    head, _, first, _ = str(report).splitlines()
+    assert head == "batch norm  class        fused with  not more, because"
+    assert first == "stem.1      BatchNorm2d  -           fuse would fold relu into it"
+    assert str(fbt.explain(fbt.fuse(model))).splitlines()[2:] == [
+        "stem.1      BatchNorm2d  relu",
+        "bn          BatchNorm2d  nothing     forward of the model cannot be traced: "
+        "its control flow depends on the values or the shape of its input",
+    ]
+
+
+def test_a_report_changes_nothing():
+    fused, plain, x = pair("efficientnet")
+    states = {key: dict(vars(module)) for key, module in fused.named_modules()}
+    fbt.explain(fused)
+    assert {key: vars(module) for key, module in fused.named_modules()} == states
+    fbt.explain(plain)
+    assert_same_model(fused, plain, x)
+
+
+def test_a_report_knows_the_function():
+    class Function(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(
+                F.batch_norm(x, None, None, training=True), None, None, None, None, True
+            )
+
+    rows = fbt.explain(nn.Sequential(Function(), nn.BatchNorm1d(4)))
+    assert rows[0].name == "0"
+    assert rows[0].reason == "a function, called 2 times; only modules are fused"
+    assert rows[1].reason == "the end of forward follows"
+
+
+def test_what_nobody_calls():
+    class Unused(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    assert only_row(fbt.fuse(Unused())).reason == "no forward that was traced calls it"

@@ -134,6 +134,8 @@ def _are_alike(x: Any, residual: Any) -> bool:
 
 def why_not(norm: nn.Module) -> str:
     """Say what in a batch norm itself forbids that its call does more than it, or ""."""
+    if "forward" in vars(norm):
+        return "its forward is an attribute of its own"
     if is_watched(norm):
         return "it has hooks, which would see other values"
     if getattr(norm, "activation", None) is not None:

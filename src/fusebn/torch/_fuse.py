@@ -94,7 +94,7 @@ def fuse(model: M) -> M:
     """
     _check("fuse", model)
     for _, module, closed in _walk(model):
-        if not closed and type(module) in _OURS and "forward" not in vars(module):
+        if not closed and type(module) in _OURS and _is_norm(module):
             module.__class__ = _OURS[type(module)]
             vars(module)[_CHANGED] = True
     for _, module, closed in _walk(model):
@@ -179,7 +179,8 @@ def _closed(module: nn.Module) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     """Say whether something can be folded into a module, once it is ours."""
-    return isinstance(module, modules.Extended) or type(module) in _OURS
+    ours = isinstance(module, modules.Extended) or type(module) in _OURS
+    return ours and "forward" not in vars(module)
 
 
 def _is_candidate(module: nn.Module) -> bool:
@@ -214,22 +215,29 @@ def _study(module: nn.Module) -> Study:
     if reason := _unplanned(module):
         study.refusals.update(dict.fromkeys(_MODES.values(), reason))
         return study
-    mode = module.training
-    for training in (mode, not mode):
-        vars(module)["training"] = training  # not by train(), which others may have overridden
+    for training in (module.training, not module.training):
         try:
-            found = _study_mode(module, study, Tensor)
-            if found.by_type:
-                with contextlib.suppress(Refusal):  # it may be for tensors alone
-                    _study_mode(module, study, list)
+            with _in_mode(module, training):
+                found = _study_mode(module, study, Tensor)
+                if found.by_type:
+                    with contextlib.suppress(Refusal):  # it may be for tensors alone
+                        _study_mode(module, study, list)
         except Refusal as refusal:
             study.refusals[_MODES[training]] = str(refusal)
             continue
-        finally:
-            vars(module)["training"] = mode
         if not any(holder is module and name == "training" for holder, name, _ in found.terms.read):
             break
     return study
+
+
+@contextlib.contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    # Not by train(), which reaches the children and which others may have overridden.
+    before, vars(module)["training"] = module.training, training
+    try:
+        yield
+    finally:
+        vars(module)["training"] = before
 
 
 def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
@@ -493,11 +501,19 @@ def _told(
     folds = Row("", "", True, *call[1:])
     if not (call.residual or call.activation):
         return False, None, call.reason
-    if any(plan.terms.hold() for plan in vars(parent).get(_PLANS, ())):
+    if _has_plan(parent):
         return call.residual, call.activation, "; ".join([*filter(None, [call.reason]), *partly])
     if ours and isinstance(parent, _Planned):
         return False, None, f"{_forward_of(name)} met other attributes or children: fuse again"
     return False, None, f"fuse would fold {_with(folds)} into it"
+
+
+def _has_plan(module: nn.Module) -> bool:
+    for training in (True, False):
+        with _in_mode(module, training):
+            if any(plan.terms.hold() for plan in vars(module).get(_PLANS, ())):
+                return True
+    return False
 
 
 def _forward_of(name: str) -> str:
@@ -508,10 +524,10 @@ def _left_alone(norm: nn.Module) -> str:
     """Say why a batch norm that is not ours stays what it is, or ""."""
     if "forward" in vars(norm):
         return "forward is an attribute of the module itself"
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        return "it has no channels yet: call the model once, then fuse"
     if _is_norm(norm):
         return ""
     if isinstance(norm, nn.SyncBatchNorm):
         return "use fusebn.torch.convert_sync_batchnorm, then fuse"
-    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-        return "it has no channels yet: call the model once, then fuse"
     return "its class is not PyTorch's own"
