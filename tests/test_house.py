@@ -69,7 +69,7 @@ ADAPTER_ARROWS = {
         "_autograph": set(),
     },
     "torch": {
-        "__init__": {"_fuse", "_spec", "functional", "modules", "sync"},
+        "__init__": {"_functions", "_fuse", "_spec", "functional", "modules", "sync"},
         "sync": {"_arguments", "_portable", "_spec", "_synchronized", "modules"},
         "_synchronized": {"_arguments", "_core", "_kernels", "_portable"},
         "modules": {"_spec", "functional"},

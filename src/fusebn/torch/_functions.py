@@ -243,9 +243,9 @@ def _moments_of_own_weights(x: Tensor, reduced: tuple[int, ...], weights: Tensor
     """Weights that differ between channels, which the core has no verb for: two passes."""
     w = weights.to(torch.float64).expand(x.shape)
     wide = torch.where(w > 0, x.to(torch.float64), 0)
-    count = w.sum(reduced, keepdim=True)
-    mean = (w * wide).sum(reduced, keepdim=True) / torch.where(count > 0, count, 1)
-    m2 = (w * (wide - mean).square()).sum(reduced)
+    count = _portable.total(w, reduced, keepdim=True)
+    mean = _portable.total(w * wide, reduced, keepdim=True) / torch.where(count > 0, count, 1)
+    m2 = _portable.total(w * (wide - mean).square(), reduced)
     return Moments(count.squeeze(reduced), mean.squeeze(reduced), m2)
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from fusebn.torch import _kernels, _library, _native, _portable
-from fusebn.torch._arguments import stat_type
+from fusebn.torch._arguments import ELEMENTS, stat_type
 from fusebn.torch._portable import Moments, Options
 
 
@@ -47,7 +48,7 @@ class _Eager(torch.autograd.Function):
         x, scale, offset, residual = ctx.saved_tensors
         batch, options = ctx.rest
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not is_plain(dy):
+        if torch.is_grad_enabled() or not is_plain(dy) or is_legacy_batchedtensor(dy):
             return _differentiable(dy, x, scale, offset, residual, batch, options, needed)
         dscale = torch.empty_like(scale) if needed[1] else None
         doffset = torch.empty_like(offset) if needed[2] else None
@@ -112,7 +113,7 @@ def short_way(
     It takes what nearly every call brings, and checks that it is this: so nothing else need have
     been checked.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or x.dtype not in ELEMENTS or x.layout is not torch.strided:
         return None
     training, axis = options.training, options.axis
     channels, total, stat = x.shape[axis], x.numel(), stat_type(x)
@@ -125,9 +126,9 @@ def short_way(
         return None
     for vector in (scale, offset, mean, variance):
         if vector is not None and not (
-            vector.dtype is stat
+            type(vector) in _PLAIN
+            and vector.dtype is stat
             and vector.numel() == channels
-            and type(vector) in _PLAIN
             and vector.is_cpu
             and vector.is_contiguous()
         ):

@@ -12,7 +12,7 @@ likes. What keeps it safe:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +73,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def total(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Tensor:
+    """Return the sum over axes; over none of them it is x, where PyTorch would take all."""
+    return x.sum(axes, keepdim=keepdim) if axes else x
+
+
 def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return count, mean and m2 over `axes`, in float64; weights broadcast, and are 1 if None."""
     x = _wide(x)
@@ -88,12 +93,12 @@ def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor,
     n = torch.where(count > 0, count, 1).to(x.dtype)
 
     def mean_of(values: Tensor) -> Tensor:
-        return (w * values).sum(axes, keepdim=True) / n
+        return total(w * values, axes, keepdim=True) / n
 
     high = mean_of(x)
     low = mean_of(x - high)
-    m2 = (w * (x - high - low).square()).sum(axes).double()
-    mean = (high.double() + low.double()).squeeze(axes)
+    m2 = total(w * (x - high - low).square(), axes).double()
+    mean = (high.double() + low.double()).squeeze(tuple(axes))
     return count, torch.where(mean.isfinite(), mean, math.nan), m2
 
 
