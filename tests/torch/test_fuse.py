@@ -231,6 +231,18 @@ FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
     ".add": (lambda s, x: F.gelu(s.bn(x).add(x)), True, "gelu"),
     ".add_": (lambda s, x: F.silu(s.bn(x).add_(x)), True, "silu"),
     "two": (lambda s, x: F.relu(s.bn(x) + s.conv(x) + x), True, None),
+    "residual also elsewhere": (
+        lambda s, x: (lambda y: torch.cat([s.bn(y).add(y).relu(), torch.flatten(y, 0, 0)]))(
+            s.conv(x)
+        ),
+        True,
+        "relu",
+    ),
+    "past other functions": (
+        lambda s, x: F.relu((lambda y, z: y + z)(s.bn(x), torch.cat([x[:2], x[2:]]) * 2)),
+        True,
+        "relu",
+    ),
     "residual first": (lambda s, x: F.relu(s.conv(x).tanh() + s.bn(x)), True, "relu"),
 }
 
@@ -280,6 +292,11 @@ def changes_the_residual(self: Any, x: Tensor) -> Tensor:
     return F.relu(y) + identity
 
 
+class Add(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+
 # (forward, what is folded nevertheless, reason)
 UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
     "slope": (lambda s, x: F.leaky_relu(s.bn(x), 0.2), (False, None), "leaky_relu follows"),
@@ -290,6 +307,11 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
     ),
     "hardtanh": (lambda s, x: F.hardtanh(s.bn(x)), (False, None), "hardtanh follows"),
     "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), (False, None), "add follows"),
+    "a child of that name": (
+        lambda s, x: F.relu(s.add(s.bn(x), x)),
+        (False, None),
+        "Add 'add' follows",
+    ),
     "number": (lambda s, x: s.bn(x) + 1.0, (False, None), "no other tensor"),
     "itself": (lambda s, x: (lambda y: y + y)(s.bn(x)), (False, None), "no other tensor"),
     "used twice": (
@@ -332,7 +354,7 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
 @pytest.mark.parametrize("case", UNFOLDED)
 def test_what_is_not_folded(case):
     forward, folded, reason = UNFOLDED[case]
-    fused, plain, x = around(forward, act=nn.ReLU(inplace=True))
+    fused, plain, x = around(forward, act=nn.ReLU(inplace=True), add=Add())
     if "changed" in case:
         # Autograd does not allow it, of the original either.
         fused, plain = fused.requires_grad_(False), plain.requires_grad_(False)
@@ -412,6 +434,40 @@ def test_a_layer_is_fused_for_tensors_and_for_lists(monkeypatch):
     with counted(monkeypatch) as calls:
         assert_same_model(fused, plain, x)
     assert len(calls) == 6
+
+
+def test_an_attribute_of_the_class_may_change():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(x))
+        return y * self.factor if self.factor else y
+
+    fused, plain, x = around(forward)
+    type(plain).factor = 0.0
+    fbt.fuse(fused)
+    assert only_row(fused).activation == "relu"
+    fused.factor = plain.factor = 2.0
+    assert_same_model(fused, plain, x)
+    del fused.factor, plain.factor
+    type(plain).factor = 3.0
+    assert_same_model(fused, plain, x)
+
+
+def test_a_forward_may_be_exchanged_in_its_class():
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)))
+    type(plain).forward = lambda s, x: F.relu6(s.bn(x) * 2)
+    assert_same_model(fused, plain, x)
+    fbt.fuse(fused)
+    assert_same_model(fused, plain, x)
+    fbt.unfuse(fused)
+    assert type(fused) is type(plain)
+
+
+def test_a_closure_may_change():
+    factors = [1.0]
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)) * factors[0])
+    assert "it reads 'factors', a list" in only_row(fused).reason
+    factors[0] = 2.0
+    assert_same_model(fused, plain, x)
 
 
 def exchange(model: Any) -> None:
@@ -805,7 +861,7 @@ def of_a_keyword(self: Any, x: Tensor, *, scale: Any) -> Tensor:
 
 
 def through_a_stranger(self: Any, x: Tensor) -> Tensor:
-    return F.relu(self.bn(STRANGER[0](x)))
+    return F.relu(self.bn(STRANGER(x)))
 
 
 def through_something_foreign(self: Any, x: Tensor) -> Tensor:
@@ -823,7 +879,7 @@ class Doubled(torch.autograd.Function):
 
 
 FACTORS = [2.0]
-STRANGER = (nn.Tanh(),)
+STRANGER = nn.Tanh()
 UNTRACED: dict[Any, str] = {
     by_value: "its control flow depends on",
     by_shape: "its control flow depends on",
@@ -844,7 +900,7 @@ UNTRACED: dict[Any, str] = {
     by_type: "it asks for the type",
     of_all: "IndexError",
     of_a_keyword: "keyword-only",
-    through_a_stranger: "it reads 'STRANGER', a tuple",
+    through_a_stranger: "it calls a Tanh that is not among its children",
     through_something_foreign: "it sets no_grad",
 }
 
@@ -986,6 +1042,19 @@ def test_ours_that_are_synchronized_or_lazy(monkeypatch):
             assert_equal([fbt.fuse(model)(x)], [plain(x)])
         assert calls == [(False, "relu")]
         assert only_row(model).activation == "relu"
+
+
+def test_a_class_that_takes_no_subclass():
+    class Final(nn.Sequential):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("final")
+
+    plain = Final(nn.BatchNorm1d(4), nn.ReLU()).double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert type(fused) is Final
+    assert type(fused[0]) is fbt.BatchNorm1d
+    assert_same_model(fused, plain, torch.randn(6, 4, dtype=torch.float64))
+    assert type(fbt.unfuse(fused)[0]) is nn.BatchNorm1d
 
 
 # ---- the report ----

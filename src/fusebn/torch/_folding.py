@@ -203,7 +203,7 @@ def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> Call:
 def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | None, bool, str]:
     """Return the last node of norm(x) + residual, the residual, how they are added; or why not."""
     user = _only_user(node)
-    if user is None or user.target not in _SUMS or len(user.args) != 2 or user.kwargs:
+    if user is None or not _is_sum(user):
         return node, None, False, ""
     first, second = user.args
     other, in_place = (second if first is node else first), _SUMS[user.target]
@@ -213,6 +213,11 @@ def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | Non
         return node, None, False, "it is added in place to another tensor"
     reason = _obstacle(node, user, parent) or _change_after(user, other, parent)
     return (node, None, False, reason) if reason else (user, other, in_place, "")
+
+
+def _is_sum(node: fx.Node) -> bool:
+    called = node.op in ("call_function", "call_method")
+    return called and node.target in _SUMS and len(node.args) == 2 and not node.kwargs
 
 
 def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None, str | None, str]:
@@ -255,7 +260,7 @@ def openable(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], 
     found: set[str] = set()
     for node in graph.nodes:
         user = _only_user(node)
-        if node.op == "call_module" and user is not None and user.target in _SUMS:
+        if node.op == "call_module" and user is not None and _is_sum(user):
             path, paths = str(node.target), set()
             while _is_sequential(last := parent.get_submodule(path)) and len(last):
                 paths.add(path)
@@ -317,9 +322,8 @@ def _is_fresh(node: fx.Node, parent: nn.Module) -> bool:
     if node.op != "call_module":
         return False
     kind = type(_child(node, parent))
-    return kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear") and (
-        kind is not nn.Identity
-    )
+    layers = ("torch.nn.modules.conv", "torch.nn.modules.linear")
+    return kind.__module__ in layers and kind is not nn.Identity
 
 
 def _may_write(node: fx.Node, parent: nn.Module) -> bool:
@@ -329,14 +333,18 @@ def _may_write(node: fx.Node, parent: nn.Module) -> bool:
         return not all(_is_known(m) and not getattr(m, "inplace", False) for m in modules)
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    name, home = node.target.__name__, node.target.__module__ or ""
-    writes = name.endswith("_") or node.kwargs.get("inplace") or "out" in node.kwargs
-    known = home.partition(".")[0] == "torch" or node.target in _PURE
-    return bool(writes or not known)
+    function: Any = node.target
+    writes = function.__name__.endswith("_") or node.kwargs.get("inplace") or "out" in node.kwargs
+    return bool(writes) or not (function in _PURE or _is_of_torch(function))
 
 
-_PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, getattr}
-_PURE |= {operator.getitem}
+_PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
+_PURE |= {operator.getitem, getattr, fused, fused_sum}
+
+
+def _is_of_torch(function: Any) -> bool:
+    home = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return home == "torch" or getattr(torch, function.__name__, None) is function
 
 
 def _is_known(module: nn.Module) -> bool:

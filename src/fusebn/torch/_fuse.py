@@ -95,7 +95,7 @@ def fuse(model: M) -> M:
     _check("fuse", model)
     for _, module, closed in _walk(model):
         if not closed and type(module) in _OURS and _is_norm(module):
-            module.__class__ = _OURS[type(module)]
+            _become(module, _OURS[type(module)])
             vars(module)[_CHANGED] = True
     for _, module, closed in _walk(model):
         if not closed:
@@ -133,9 +133,10 @@ def unfuse(model: M) -> M:
     """
     _check("unfuse", model)
     for module in model.modules():
-        _restore(module)
+        if isinstance(module, _Planned):
+            _restore(module)
         if vars(module).pop(_CHANGED, False) and type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]
+            _become(module, _THEIRS[type(module)])
     return model
 
 
@@ -319,7 +320,7 @@ class _Planned:
 
 def _remade(make: Callable[..., nn.Module], kind: type, *rest: Any) -> nn.Module:
     module = make(kind, *rest)
-    module.__class__ = _planned(kind)
+    _become(module, _planned(kind))
     return module
 
 
@@ -330,11 +331,12 @@ def _planned(kind: type) -> type:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
+        now = kind.forward  # type: ignore[attr-defined]
+        if now is original and not kwargs:
             for plan in vars(self).get(_PLANS, ()):
                 if plan.terms.fit(args):
                     return plan.run(self, *args)
-        return original(self, *args, **kwargs)
+        return now(self, *args, **kwargs)
 
     body = {
         "__module__": kind.__module__,
@@ -350,19 +352,23 @@ def _original(kind: type) -> type:
 
 
 def _restore(module: nn.Module) -> None:
-    module.__class__ = _original(type(module))
+    _become(module, _original(type(module)))
     vars(module).pop(_PLANS, None)
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    object.__setattr__(module, "__class__", kind)  # some modules watch what is set
 
 
 def _rewrite(module: nn.Module) -> None:
     """Give a module the plans of its forward, or take away those of an earlier time."""
     plans = _study(module).plans if _is_candidate(module) else []
-    if not plans:
+    if isinstance(module, _Planned) and not plans:
         _restore(module)
-        return
-    vars(module)[_PLANS] = plans
-    if not isinstance(module, _Planned):
-        module.__class__ = _planned(type(module))
+    elif plans:
+        with contextlib.suppress(TypeError):  # some classes do not take a subclass like ours
+            _become(module, _planned(_original(type(module))))
+            vars(module)[_PLANS] = plans
 
 
 # ---- the report ----
@@ -404,7 +410,7 @@ class Report(tuple[Row, ...]):
 
 
 def _with(row: Row) -> str:
-    parts = ["residual"] * row.residual + [row.activation] * (row.activation is not None)
+    parts = [part for part in ("residual" * row.residual, row.activation) if part]
     return " + ".join(parts) if parts else "nothing" if row.fused else "-"
 
 
@@ -481,7 +487,9 @@ class _Studies:
         return list(dict.fromkeys(more or found)) or [(False, None, self._unseen(name))]
 
     def _unseen(self, name: str) -> str:
-        """Say why no graph has a call of a batch norm."""
+        """Say why no graph has a call of a batch norm; it may be the model."""
+        if not name:
+            return ""
         while name:
             name = name.rpartition(".")[0]
             if name in self.studies and (refusals := self.studies[name][1].refusals):

@@ -2,8 +2,8 @@
 
 `torch.fx` runs forward once, with stand-ins for the tensors, and records what is done to them. The
 record is forward only as long as the Python around the tensors would do the same again. So this
-writes down what that Python read (`Terms`), and refuses a forward whose
-Python reads what may change unseen, changes something, or draws random numbers.
+writes down what that Python read (`Terms`), and refuses a forward whose Python reads what may
+change unseen, changes something, or draws random numbers.
 
 The children of the module are called and not looked into, but for those that are to be opened.
 """
@@ -129,9 +129,9 @@ def _trace(module: nn.Module, opened: tuple[nn.Module, ...], kind: type) -> Trac
     forward = inspect.unwrap(type(module).forward)
     names = _globals_named(forward)
     for name in sorted(names & forward.__globals__.keys()):
-        value = forward.__globals__[name]
-        if not isinstance(value, _FUNCTIONS):
-            _note(read, sys.modules[forward.__module__], name, value)
+        _note(read, sys.modules[forward.__module__], name, forward.__globals__[name])
+    for name, value in inspect.getclosurevars(forward).nonlocals.items():
+        _note({}, forward, name, value)
     with _watching(module, read):
         graph = tracer.trace(module)
     # Where nobody asks, the graph does to a list what forward does to it.
@@ -177,9 +177,10 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
     )
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
-    setattr(_Value, f"__{_name}__", _in_place(_name))
-for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+for _name in (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+):
     setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
@@ -246,8 +247,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
     def getattribute(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        own = name not in _INTERNAL and name in object.__getattribute__(module, "__dict__")
-        if own and threading.get_ident() == thread:
+        if name not in _INTERNAL and threading.get_ident() == thread:
             _note(read, module, name, value)
         return value
 
@@ -258,6 +258,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if type(value) is _Input:
+            assert isinstance(value.tracer, _Tracer)
             value.tracer.asked.add(value.node.name)
             return issubclass(value.tracer.kind, kinds)
         if issubclass(type(value), fx.Proxy):
@@ -271,7 +272,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
             if "isinstance" not in vars(home):
                 home.isinstance = is_instance  # type: ignore[attr-defined]
                 undo.callback(delattr, home, "isinstance")
-        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
         undo.callback(delattr, nn.Module, "__getattribute__")
         nn.Module.__setattr__ = setattribute  # type: ignore[method-assign, assignment]
         undo.callback(setattr, nn.Module, "__setattr__", original)
@@ -279,7 +280,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
 
 # What every module has, and fx and PyTorch read all the time; but for the mode.
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_fused", "_by_fuse", "forward"}
+_INTERNAL = {*dir(nn.Module()), "_fused", "_by_fuse"} - {"training"}
 
 _OWN = ("fusebn.torch._fuse", __name__)
 
@@ -306,6 +307,10 @@ _CONSTANTS = (
 
 
 def _note(read: dict[tuple[int, str], Any], holder: Any, name: str, value: Any) -> None:
+    """Note a value that was read, but for methods, functions of a file, and what fx handed out."""
+    own = isinstance(holder, nn.Module) and name in vars(holder)
+    if not own and isinstance(value, (*_FUNCTIONS, nn.Module, fx.Proxy)):
+        return
     if not _is_constant(value):
         kind = type(value).__name__
         raise Refusal(f"it reads {name!r}, a {kind}, whose changes could not be seen")
@@ -313,10 +318,10 @@ def _note(read: dict[tuple[int, str], Any], holder: Any, name: str, value: Any) 
 
 
 def _is_constant(value: Any) -> bool:
-    """Say whether a value is what it is for good; a function or a module is taken to be."""
+    """Say whether a value is what it is for good, or is compared by identity."""
     if type(value) in (tuple, frozenset):
         return all(map(_is_constant, value))
-    return isinstance(value, _CONSTANTS + _FUNCTIONS)
+    return isinstance(value, (*_CONSTANTS, *_FUNCTIONS, nn.Module))
 
 
 def _globals_named(function: Any) -> set[str]:
