@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 from torch.utils.data import DataLoader, Dataset
 
 import fusebn.torch as fbt
@@ -459,6 +465,22 @@ def test_checkpointing_updates_once(
     assert net[1].num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
+def test_selective_checkpointing(options: dict[str, Any], generator: torch.Generator) -> None:
+    def policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.aten.convolution.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    net, plain = network(**options), network(**options)
+    values = batch(generator)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(net, values, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    plain(values).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert_near(ours.grad, theirs.grad, ulps=1000)
+    assert_same_state(net, plain)
+
+
 def test_checkpoints_within_checkpoints(generator: torch.Generator) -> None:
     net = network()
 
@@ -510,6 +532,23 @@ def test_exported(training: bool, generator: torch.Generator) -> None:
     exported = program.module()
     assert exported(x).equal(module(x))
     assert_same_state(exported, module)
+
+
+def test_a_node_of_torch_fx(generator: torch.Generator) -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = fbt.BatchNorm2d(3, dtype=torch.float64)
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return self.norm(self.norm(x, x, activation="relu", weights=w))
+
+    block = Block()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(block))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    x, w = batch(generator), torch.tensor([1.0, 0, 2, 0]).reshape(4, 1, 1)
+    assert traced(x, w).equal(block(x, w))
+    assert_same_state(traced, block)
 
 
 def test_functional_call(generator: torch.Generator) -> None:
