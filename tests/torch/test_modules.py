@@ -292,6 +292,19 @@ def test_the_representation_shows_what_differs() -> None:
     assert repr(module.freeze()).endswith(f"track_running_stats=True, {extras}, frozen=True)")
 
 
+def test_parametrized(generator: torch.Generator) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    ours, theirs = pair("BatchNorm2d", generator)
+    for module in (ours, theirs):
+        torch.nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    x, dy = batch(generator), batch(generator)
+    for actual, expected in zip(step(ours, x, dy), step(theirs, x, dy), strict=True):
+        assert_near(actual, expected)
+
+
 # --- NaN and infinities -----------------------------------------------------------------------
 
 

@@ -434,6 +434,12 @@ def test_conversion_keeps_everything() -> None:
     assert old[0].weight.equal(torch.ones(3))
 
 
+def test_conversion_widens_statistics() -> None:
+    module = fbt.convert_sync_batchnorm(torch.nn.BatchNorm1d(3, dtype=torch.float16))
+    assert module.weight.dtype == torch.float16
+    assert module.running_var.dtype == torch.float32
+
+
 def test_conversion_keeps_a_group_unless_given_another() -> None:
     module = torch.nn.SyncBatchNorm(3, process_group="a group")
     assert fbt.convert_sync_batchnorm(module).process_group == "a group"

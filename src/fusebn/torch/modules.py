@@ -154,7 +154,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         if _is_symbol(input):
             return self._node(input, residual, activation, weights)
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
+        mean, var, tracked = self._statistics()
         if self._frozen or not self.training:
             training, updates = mean is None and var is None, False
         else:
@@ -163,11 +163,27 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
                 mean = var = None
         chosen = self.activation if activation is ... else activation
         if updates:
-            state = mean, var, self.num_batches_tracked
-            if is_recomputation():
-                state = _copies(*state)  # the same steps again, and nothing comes of them
-            return self._update(input, *state, residual, chosen, weights)
+            if is_recomputation():  # the same steps again, and nothing comes of them
+                mean, var, tracked = _copies(mean, var, tracked)
+            return self._update(input, mean, var, tracked, residual, chosen, weights)
         return self._normalize(input, mean, var, training, 0.0, residual, chosen, weights)
+
+    # A Module finds its tensors by __getattr__, which on a small input is a fifth of the time. They
+    # are not where they should be when parametrized or wrapped.
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        own = self._buffers
+        try:
+            return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        except KeyError:
+            return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        own = self._parameters
+        try:
+            return own["weight"], own["bias"]
+        except KeyError:
+            return self.weight, self.bias
 
     def _node(self, input: Any, residual: Any, activation: Any, weights: Any) -> Any:
         """Stay one node where torch.fx traces, as PyTorch's own modules do."""
@@ -189,12 +205,13 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None,
         weights: Tensor | None,
     ) -> Tensor:
+        weight, bias = self._affine()
         return batch_norm(
             input,
             mean,
             var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training,
             factor,
             self.eps,

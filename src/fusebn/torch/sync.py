@@ -132,8 +132,8 @@ class SyncBatchNorm(Extended):
             weights = _arguments.position_weights(_NAME, "weights", weights, input, {axis})
         stat = _arguments.stat_type(input)
         scale, offset = (
-            _arguments.vector(_NAME, name, getattr(self, name), input, axis, stat)
-            for name in ("weight", "bias")
+            _arguments.vector(_NAME, name, value, input, axis, stat)
+            for name, value in zip(("weight", "bias"), self._affine(), strict=True)
         )
         options = Options(True, axis, self.eps, self.correction, 1.0, chosen)
         y, moments = _synchronized.batch_norm(
