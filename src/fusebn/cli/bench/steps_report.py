@@ -29,14 +29,20 @@ def line(suite: Suite, record: StepRecord) -> Text:
     text.append(f"{_milliseconds(ours):>9} ms" if ours else f"{'-':>12}")
     for name in others(suite):
         run = record.run(name, "fresh")
-        text.append(f"{run.over_ours.median:9.2f}" if run and run.over_ours else f"{'-':>9}")
+        ratio = f"{run.over_ours.median:.2f}" if run and run.over_ours else "-"
+        text.append(f"{ratio:>{_width(name)}}")
     return text
 
 
 def heading(suite: Suite) -> Text:
     """Return what stands above the lines."""
-    names = "".join(f"{name:>9}" for name in others(suite))
+    names = "".join(f"{name:>{_width(name)}}" for name in others(suite))
     return Text(f"{'':<9}{'':>15} {'ch.':<6}{_first(suite).partition('-')[0]:>12}{names}", "dim")
+
+
+def _width(name: str) -> int:
+    """Return a column's: so wide that five of them fit 80 columns."""
+    return max(7, len(name) + 2)
 
 
 def _first(suite: Suite) -> str:
