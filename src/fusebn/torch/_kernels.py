@@ -7,7 +7,7 @@ the type of the statistics, weights have the rank of x and length 1 for the chan
 
 import math
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -127,15 +127,51 @@ def forward(
         batch,
     )
     if count < 0:
-        assert variance is not None
-        got = f"{variance.min().item()}"
-        _spec.fail(ValueError, "batch_norm", "variance", "not be negative", got)
+        _negative(variance)
     return y, count
 
 
 def _spread(y: Tensor, weights: Tensor, axis: int) -> Tensor:
     shape = [1 if i == axis else n for i, n in enumerate(y.shape)]
     return positions("batch_norm", y, weights.expand(shape))
+
+
+def forward_of_plain(
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    batch: Any,
+) -> bool:
+    """Do what `forward` does, and check in the same call that these are plain vectors and alike.
+
+    Returns False, and has done nothing, if they are not. In training mean and variance are
+    overwritten by what they are mixed into.
+    """
+    training, axis, epsilon, correction, factor, activation = options
+    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
+        follow_threads()
+    count = _core.forward_of_tensors(
+        _EXCHANGE_API, x, y, axis, training, mean, variance, scale, offset, residual,
+        ACTIVATIONS[activation], epsilon, correction, factor, batch,
+    )  # fmt: skip
+    if count is not None and count < 0:
+        _negative(variance)
+    return count is not None
+
+
+# PyTorch has it from 2.10 on.
+_EXCHANGE_API: object = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def _negative(variance: Tensor | None) -> NoReturn:
+    assert variance is not None
+    got = f"{variance.min().item()}"
+    _spec.fail(ValueError, "batch_norm", "variance", "not be negative", got)
 
 
 def gradient(
