@@ -109,10 +109,10 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
     # ---- the type of the statistics ----
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = [self._buffers[name] for name in _RUNNING]
+        before = [self._buffers.get(name) for name in _RUNNING]
         super()._apply(fn, recurse)
         for name, old in zip(_RUNNING, before, strict=True):
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if new is not None and old is not None and _is_half(new):
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
@@ -152,7 +152,8 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             see :func:`fusebn.torch.batch_norm`.
         """
         if _is_symbol(input):
-            return self._node(input, residual, activation, weights)
+            node: Tensor = self._node(input, residual, activation, weights)
+            return node
         self._check_input_dim(input)
         mean, var, tracked = self._statistics()
         if self._frozen or not self.training:
