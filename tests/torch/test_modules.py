@@ -27,9 +27,11 @@ SHAPES = {
     "NC": ("BatchNorm1d", (6, 3)),
     "NCL": ("BatchNorm1d", (4, 3, 5)),
     "NCHW": ("BatchNorm2d", (4, 3, 5, 2)),
-    "NHWC": ("BatchNorm2d", (4, 3, 5, 2)),  # channels_last
+    "NHWC": ("BatchNorm2d", (4, 3, 5, 2)),
     "NCDHW": ("BatchNorm3d", (2, 3, 2, 3, 4)),
+    "NDHWC": ("BatchNorm3d", (2, 3, 2, 3, 4)),
 }
+ORDERS = {"NHWC": torch.channels_last, "NDHWC": torch.channels_last_3d}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "no affine": {"affine": False},
@@ -126,13 +128,27 @@ def test_steps(case: str, options: str, dtype: torch.dtype, generator: torch.Gen
         ours.train(event == "train")
         theirs.train(event == "train")
         x, dy = batch(generator, shape), torch.randn(shape, generator=generator).double()
-        if case == "NHWC":
-            x, dy = (v.contiguous(memory_format=torch.channels_last) for v in (x, dy))
+        order = ORDERS.get(case, torch.contiguous_format)
+        x, dy = (v.contiguous(memory_format=order) for v in (x, dy))
         found, wanted = step(ours, x.to(dtype), dy.to(dtype)), step(theirs, x, dy)
         for actual, expected in zip(found, wanted, strict=True):
             assert_near(actual, expected)
         assert found[0].stride() == x.stride()
         assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast(training: bool, generator: torch.Generator) -> None:
+    ours, theirs = pair("BatchNorm2d", generator, torch.float32)
+    ours.train(training)
+    theirs.train(training)
+    x, one = batch(generator).bfloat16(), torch.eye(3)[..., None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(torch.nn.functional.conv2d(x.float(), one))
+    assert y.dtype == torch.bfloat16
+    assert_near(y, theirs(x.double()), ulps=1)
+    assert ours.running_mean.dtype == torch.float32
+    assert_same_state(ours, theirs)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -571,11 +587,30 @@ def test_functional_call(generator: torch.Generator) -> None:
     state["weight"] += 1
     x = batch(generator)
     y = torch.func.functional_call(module, state, (x,))
-    assert_same_state(module, copy.deepcopy(module))
     assert all(value.equal(before[key]) for key, value in module.state_dict().items())
     assert state["num_batches_tracked"] == 1
     assert_near(y, 2 * module(x))
     assert state["running_var"].equal(module.running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"nonfinite": "skip"}], ids=str)
+def test_an_ensemble(options: dict[str, Any], training: bool, generator: torch.Generator) -> None:
+    modules = [fbt.BatchNorm2d(3, dtype=torch.float64, **options).train(training) for _ in range(2)]
+    for module in modules:
+        randomize(module, generator)
+    state = torch.func.stack_module_state(modules)
+    shell = copy.deepcopy(modules[0])
+
+    def call(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(shell, (parameters, buffers), (x,))
+
+    x = batch(generator, (2, 4, 3, 5, 2))
+    found = torch.func.vmap(call)(*state, x)
+    for i, module in enumerate(modules):
+        assert_near(found[i], module(x[i]))
+        for name, buffer in module.named_buffers():
+            assert_near(state[1][name][i].double(), buffer.double())
 
 
 def test_gradients_by_functional_call(generator: torch.Generator) -> None:
