@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
+from fusebn import memory
 from fusebn.torch import modules
 
 SLOPE = 0.5  # a test changes it
@@ -385,6 +386,18 @@ def test_a_residual_of_another_kind_is_added_as_it_was(residual, monkeypatch):
     assert not calls
     assert_equal([actual.abs()], [expected.abs()])
     assert actual.dtype == expected.dtype
+
+
+def test_what_a_batch_norm_returns_may_be_changed_in_place():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        y *= 2
+        return y.relu_() + self.bn(x)
+
+    fused, plain, _ = around(forward)
+    x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
+    assert x.numel() * x.element_size() > memory.LEAST
+    assert_equal(step(fused, x), step(plain, x), ulps=4096)
 
 
 def test_a_sum_in_place_keeps_its_error():

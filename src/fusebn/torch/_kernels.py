@@ -31,7 +31,8 @@ def empty_like(x: Tensor) -> Tensor:
         return torch.empty_like(x)
     strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
     bytes = torch.from_numpy(_core.empty(size))
-    return bytes.view(x.dtype).as_strided(x.shape, strides)
+    # Detached: autograd lets nobody change in place what a Function returned as a view.
+    return bytes.view(x.dtype).as_strided(x.shape, strides).detach()
 
 
 def beside(y: Tensor, x: Tensor) -> Tensor:
