@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ from fusebn.cli.bench.suites import (
     Suite,
 )
 from fusebn.cli.bench.worker import Worker
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +146,8 @@ class Small(nn.Sequential):
     """In place of ResNet-50."""
 
     def __init__(self, classes: int) -> None:
-        super().__init__(nn.Conv2d(3, 16, 1), Bottleneck(16, 4), nn.Flatten(), nn.Linear(400, 10))
+        pooled = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, classes)
+        super().__init__(nn.Conv2d(3, 16, 1), Bottleneck(16, 4), *pooled)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -181,6 +185,25 @@ def test_ways_say_what_is_changed() -> None:
         "fusebn": (ours, False),
         "both": (ours, True),
     }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_example_shows_the_same_losses_twice(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "resnet_cpu.py"))
+    main = example["main"]
+    monkeypatch.setitem(main.callback.__globals__, "ResNet50", Small)
+    options = ["--batch", "2", "--size", "33", "--steps", "3", "--dtype", dtype]
+    result = CliRunner().invoke(main, options)
+    assert result.exit_code == 0, result.output
+    head, _, *steps, last = result.output.splitlines()
+    assert head == f"2 images of 33x33, {dtype}, 1 threads"
+    assert [line.split()[0] for line in steps] == ["1", "2", "3"]
+    for line in steps:
+        plain, fused = map(float, line.split()[1:3])
+        assert fused == pytest.approx(plain, rel=1e-4 if dtype == "float32" else 0.02)
+    assert last.endswith("times as fast")
 
 
 # ---- answers that agree ----
