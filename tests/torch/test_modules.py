@@ -524,6 +524,22 @@ def test_checkpoints_within_checkpoints(generator: torch.Generator) -> None:
     assert net[1].num_batches_tracked == net[3].num_batches_tracked == 1
 
 
+def test_compiled_checkpoints(generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    net, plain = network(), network()
+
+    @torch.compile(backend="aot_eager")
+    def compiled(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=False).square().sum()
+
+    x = batch(generator)
+    compiled(x).backward()
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert_near(ours.grad, theirs.grad, ulps=1000)
+    assert_same_state(net, plain)
+
+
 # --- compilers, exporters, transforms ---------------------------------------------------------
 
 
