@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import fusebn
@@ -310,20 +310,53 @@ def test_func_jacobian(three: list[Tensor], chunk_size: int | None) -> None:
     )
 
 
-def test_func_second_order(three: list[Tensor]) -> None:
-    """PyTorch's own is wrong in one block of these: its batch norm is written out instead."""
+def by_hand(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    """Do the same, written out: PyTorch's own batch norm is wrong in one block of second order."""
+    mean = x.mean((0, 2), keepdim=True)
+    variance = (x - mean).square().mean((0, 2), keepdim=True)
+    z = (x - mean) / (variance + 1e-3).sqrt() * scale[:, None] + offset[:, None]
+    return F.silu(z) + mean * variance * 8 / 7
 
-    def by_hand(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        mean = x.mean((0, 2), keepdim=True)
-        variance = (x - mean).square().mean((0, 2), keepdim=True)
-        z = (x - mean) / (variance + 1e-3).sqrt() * scale[:, None] + offset[:, None]
-        return F.silu(z) + mean * variance * 8 / 7
 
+# PyTorch's own rules for forward mode are scripted.
+SCRIPTED = "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+
+
+@pytest.mark.filterwarnings(SCRIPTED)
+@pytest.mark.parametrize("outer", [torch.func.jacrev, torch.func.jacfwd])
+@pytest.mark.parametrize("inner", [torch.func.jacrev, torch.func.jacfwd])
+def test_func_second_order(three: list[Tensor], outer: Any, inner: Any) -> None:
     second = [
-        torch.func.jacrev(torch.func.jacrev(lambda *a, f=f: f(*a).square().sum(), (0, 1)), (0, 1))
-        for f in (ours, by_hand)
+        outer(inner(lambda *a, f=f: f(*a).square().sum(), (0, 1)), (0, 1)) for f in (ours, by_hand)
     ]
     assert_same(*(f(*three) for f in second), 1e4)
+
+
+@pytest.mark.filterwarnings(SCRIPTED)
+def test_forward_mode(three: list[Tensor], generator: torch.Generator) -> None:
+    """By torch.func and by dual tensors, which the short way must not take."""
+    tangents = [torch.randn(v.shape, generator=generator, dtype=torch.float64) for v in three]
+    found = [torch.func.jvp(f, tuple(three), tuple(tangents)) for f in (ours, theirs)]
+    assert_same(*found)
+    with forward_ad.dual_level(), torch.no_grad():
+        x = forward_ad.make_dual(three[0], tangents[0])
+        pairs = [
+            forward_ad.unpack_dual(f(x, None, None, training=True))
+            for f in (fbt.batch_norm, F.batch_norm)
+        ]
+    assert_same(*pairs)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_compiled_transforms(three: list[Tensor], compiled: Any, many: bool) -> None:
+    x = three[0]
+
+    def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+        of = torch.func.grad(lambda x: function(x, None, None, training=True).sin().sum())
+        return torch.func.vmap(of) if many else of
+
+    x = torch.stack([x, x + 1]) if many else x
+    assert_same(compiled(gradient(fbt.batch_norm))(x), gradient(F.batch_norm)(x))
 
 
 MAPPED = [(0, None, None), (1, None, None), (-1, 0, None), (0, 0, 0), (None, 0, None), (0, 1, 0)]

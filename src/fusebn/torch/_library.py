@@ -277,6 +277,34 @@ def _first_of_moments(
     return dx, dweights
 
 
+# ---- the composites ----
+
+
+def _composite(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    return _portable.batch_norm(*tensors, Options(**options))  # type: ignore[arg-type]
+
+
+def _composite_backward(
+    dy: Tensor,
+    dmean: Tensor | None,
+    dvariance: Tensor | None,
+    batch: Tensor,
+    *tensors: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    x = tensors[0]
+    assert x is not None
+    given = dict(zip(NAMES, tensors, strict=True))
+    sources = [name for name in _SOURCES if given[name] is not None]
+    found = _portable.gradient(dy, dmean, dvariance, given, Options(**options), sources)
+    by_name = dict(zip(sources, found, strict=True))
+    return tuple(by_name.get(name, x.new_empty(0)) for name in _SOURCES)
+
+
+def _composite_moments(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tuple[Tensor, ...]:
+    return _portable.moments(x, axes, weights)
+
+
 # ---- vmap ----
 
 
@@ -348,9 +376,13 @@ def _moments_rule(op: Any, size: int, in_dims: Any, tensors: Any, options: Any) 
 
 # ---- the ops ----
 
-batch_norm = Op("batch_norm", _save, _first, _folding(NAMES, BatchNorm._fields), _library)
+batch_norm = Op(
+    "batch_norm", _save, _first, _composite, _folding(NAMES, BatchNorm._fields), _library
+)
 batch_norm_backward = Op(
-    "batch_norm_backward", _save_backward, _second, _folding(_BACKWARD_NAMES, Gradient._fields),
-    _library,
+    "batch_norm_backward", _save_backward, _second, _composite_backward,
+    _folding(_BACKWARD_NAMES, Gradient._fields), _library,
 )  # fmt: skip
-moments = Op("moments", _save_moments, _first_of_moments, _moments_rule, _library)
+moments = Op(
+    "moments", _save_moments, _first_of_moments, _composite_moments, _moments_rule, _library
+)

@@ -83,7 +83,7 @@ def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor,
     x = _wide(x)
     if weights is None:
         w = x.new_ones(())
-        count = x.new_full((), math.prod(x.shape[axis] for axis in axes), dtype=torch.float64)
+        count = x.new_full((), math.prod([x.shape[axis] for axis in axes]), dtype=torch.float64)
     else:
         # One for each position: all of them count.
         weights = weights.expand([n if i in axes else 1 for i, n in enumerate(x.shape)])
