@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fusebn.torch
-from fusebn.cli.bench.resnet import ResNet50
+from fusebn.cli.bench.resnet import ResNet50, channels_last
 
 CLASSES = 1000
 
@@ -63,7 +63,7 @@ def main(batch: int, size: int, steps: int, dtype: str) -> None:
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,))
-    plain = ResNet50(CLASSES).to(memory_format=torch.channels_last)
+    plain = channels_last(ResNet50(CLASSES))
     fused = fusebn.torch.fuse(deepcopy(plain))
 
     kind = getattr(torch, dtype)

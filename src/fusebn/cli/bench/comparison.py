@@ -89,7 +89,7 @@ def run(
 def _crews(suite: Suite, quick: bool) -> list[tuple[str, tuple[Step, ...]]]:
     """Return the kind of memory and the steps of each process."""
     steps = [step for step in suite.steps.values() if not (quick and step.slow)]
-    crews = []
+    crews: list[tuple[str, tuple[Step, ...]]] = []
     for memory in reversed(memories()):  # fresh ones first: who comes first is the yardstick
         if memory not in suite.memories or (quick and suite.apart and memory != "fresh"):
             continue

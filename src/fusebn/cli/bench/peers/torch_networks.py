@@ -14,7 +14,7 @@ import fusebn.torch as fbt
 from fusebn.cli.bench.answers import Answer
 from fusebn.cli.bench.cases import Case, Data, parse
 from fusebn.cli.bench.peers.torch import Torch
-from fusebn.cli.bench.resnet import EXPANSION, Bottleneck, ResNet50
+from fusebn.cli.bench.resnet import EXPANSION, Bottleneck, ResNet50, channels_last
 from fusebn.cli.bench.suites import Step
 from fusebn.cli.resident import resident
 
@@ -62,7 +62,7 @@ class _Training:
 
     def __init__(self, way: str, dtype: str, images: Any) -> None:
         torch.manual_seed(0)
-        model = ResNet50(CLASSES).to(memory_format=torch.channels_last)
+        model = channels_last(ResNet50(CLASSES))
         self._model = changed(model, way)
         self._optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM)
         self._images, self._dtype = images, dtype
@@ -73,7 +73,7 @@ class _Training:
         with precision(self._dtype):
             logits = self._model(self._images)
             loss = nn.functional.cross_entropy(logits, self._labels)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return loss.detach()
@@ -85,7 +85,7 @@ class _Inference:
     def __init__(self, way: str, dtype: str, images: Any) -> None:
         torch.manual_seed(0)
         channels = images.shape[1]
-        model = Bottleneck(channels, channels // EXPANSION).to(memory_format=torch.channels_last)
+        model = channels_last(Bottleneck(channels, channels // EXPANSION))
         self._model = changed(model.eval(), way)
         self._images, self._dtype = images, dtype
 
