@@ -50,9 +50,17 @@ class Op:
             # Compilers cannot follow a function that has all these rules.
             way = self._composite if transformed else self._op
             return way(*tensors, **options)  # type: ignore[no-any-return]
+        if transformed and _forward_mode_is_nested():
+            # PyTorch takes 0 for the inner derivative of any function that has a jvp of its own.
+            return self._composite(*tensors, **options)
         if transformed or forward_ad._current_level >= 0:
             return self._function.apply(*tensors, options)  # type: ignore[no-any-return]
         return self._op(*tensors, **options)  # type: ignore[no-any-return]
+
+
+def _forward_mode_is_nested() -> bool:
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def pushed_forward(
