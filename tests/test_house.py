@@ -80,7 +80,7 @@ ADAPTER_ARROWS = {
         "_kernels": {"_arguments", "_core", "_portable", "_spec", "memory"},
         "_functions": {"_arguments", "_moving", "_ops", "_portable", "_results", "_spec"},
         "_fuse": {"_folding", "_spec", "_tracing", "modules"},
-        "_folding": {"_tracing", "modules"},
+        "_folding": {"_tracing", "functional", "modules"},
         "_tracing": set(),
         "_native": {"_arguments", "_portable", "_spec"},
         "_arguments": {"_spec"},

@@ -104,6 +104,7 @@ EXPECTED = {
     "mobilenet": {(False, "relu6"): 7, (True, None): 2},
     "efficientnet": {(False, "silu"): 6, (True, None): 1},
     "u-net": {(False, "leaky_relu"): 5, (False, "gelu"): 5},
+    "timm": {(True, "relu"): 2},  # and two more through the function
     "mlp": {(False, "relu"): 1},
     "dynamic": {(False, "relu"): 1},
     "flagged": {(False, "relu"): 1},
@@ -1097,17 +1098,77 @@ def test_a_report_changes_nothing():
     assert_same_model(fused, plain, x)
 
 
-def test_a_report_knows_the_function():
-    class Function(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.batch_norm(
-                F.batch_norm(x, None, None, training=True), None, None, None, None, True
-            )
+def test_calls_of_the_function():
+    fused, plain, x = pair("timm")
+    kinds = [(row.name, row.kind, row.residual, row.activation) for row in fbt.explain(fused)]
+    assert kinds[:2] == [
+        ("0.bn1", "F.batch_norm", False, "relu"),
+        ("0.bn2", "BatchNorm2d", True, "relu"),
+    ]
+    reasons = [row.reason for row in fbt.explain(plain)]
+    assert reasons[0] == "fuse would fold relu into it"
+    node = fused(x).grad_fn
+    graph = {node}
+    while node := next((n for n, _ in node.next_functions if n), None):
+        graph.add(node)
+    assert not any("Relu" in type(node).__name__ for node in graph)
 
-    rows = fbt.explain(nn.Sequential(Function(), nn.BatchNorm1d(4)))
-    assert rows[0].name == "0"
-    assert rows[0].reason == "a function, called 2 times; only modules are fused"
-    assert rows[1].reason == "the end of forward follows"
+
+def batch_norm_of(self: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=self.training)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
+    "alone": (lambda s, x: batch_norm_of(s, x).tanh(), False, None),
+    "activation": (lambda s, x: F.silu(batch_norm_of(s, x)), False, "silu"),
+    "module": (lambda s, x: s.act(batch_norm_of(s, x)), False, "relu"),
+    "residual": (lambda s, x: s.act(batch_norm_of(s, x) + x), True, "relu"),
+    "in place": (lambda s, x: batch_norm_of(s, x).add_(x), True, None),
+    "broadcasts": (lambda s, x: F.relu(batch_norm_of(s, x) + x[:1]), True, "relu"),
+    "past another": (lambda s, x: batch_norm_of(s, x) + s.conv(x), False, None),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_the_function_in_a_forward(case):
+    forward, residual, activation = FUNCTIONS[case]
+    fused, plain, x = around(forward, act=nn.ReLU())
+    assert_same_model(fused, plain, x)
+    (row,) = [row for row in fbt.explain(fused) if row.kind == "F.batch_norm"]
+    assert row[2:5] == (True, residual, activation)
+    hooked = heard(fused, "act", x, "register_forward_hook")
+    assert_equal(hooked, heard(plain, "act", x, "register_forward_hook"))
+
+
+def test_identities_are_no_obstacle_and_keep_their_hooks(monkeypatch):
+    fused, plain, x = around(lambda s, x: F.relu(s.drop(s.bn(x))), drop=nn.Identity())
+    assert only_row(fused).activation == "relu"
+    kind = "register_forward_hook"
+    assert_equal(heard(fused, "drop", x, kind), heard(plain, "drop", x, kind))
+    assert_same_model(fused, plain, x)
+    fused.drop = plain.drop = nn.Softplus()
+    assert_same_model(fused, plain, x)
+
+
+def test_a_parameter_may_come_and_go():
+    class Scaled(Around):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("scale", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.bn(x))
+            return y if self.scale is None else y * self.scale
+
+    plain = Scaled().double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    assert only_row(fused).activation == "relu"
+    for value in (3.0, None):
+        for model in fused, plain:
+            model.scale = value and nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        assert_same_model(fused, plain, x)
+        fbt.fuse(fused)
 
 
 def test_what_nobody_calls():

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fusebn.torch._tracing import is_watched
+from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import Extended
 
 # ---- activations by all their names ----
@@ -99,21 +100,48 @@ def fused_sum(
     name = _fusible(norm, activation)
     if name is not None and _are_alike(x, residual):
         return norm(x, residual, activation=name or None)  # type: ignore[no-any-return]
-    y = norm(x)
-    if in_place:
-        y += residual
-    else:
-        y = y + residual
-    return _apply(activation, y)
+    return _apply(activation, _add(norm(x), residual, in_place))
+
+
+def fused_function(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Any,
+    in_place: bool,
+    activation: Activation,
+    **options: Any,
+) -> Tensor:
+    """Return activation(F.batch_norm(x, ...) + residual), in one call if nobody could tell.
+
+    A residual of None is none.
+    """
+    name = _name_of(activation)
+    if name is not None and (residual is None or _are_alike(x, residual)):
+        options = {**options, "residual": residual, "activation": name or None}
+        return batch_norm(x, mean, variance, **options)
+    y = batch_norm(x, mean, variance, **options)
+    return _apply(activation, y if residual is None else _add(y, residual, in_place))
 
 
 def _fusible(norm: nn.Module, activation: Activation) -> str | None:
     """Return the name of the activation, "" for none, or None where the calls must stay apart."""
-    if not isinstance(norm, Extended) or why_not(norm) or _any_global_hook():
+    return None if not isinstance(norm, Extended) or why_not(norm) else _name_of(activation)
+
+
+def _name_of(activation: Activation) -> str | None:
+    if _any_global_hook():
         return None
     if isinstance(activation, nn.Module):
         return None if is_watched(activation) else activation_of(activation)
     return activation or ""
+
+
+def _add(y: Tensor, residual: Any, in_place: bool) -> Tensor:
+    if in_place:
+        y += residual
+        return y
+    return y + residual  # type: ignore[no-any-return]
 
 
 def _apply(activation: Activation, y: Tensor) -> Tensor:
@@ -158,7 +186,7 @@ def _any_global_hook() -> bool:
 class Call(NamedTuple):
     """One call of a batch norm in a graph: what goes into it, or why not (more)."""
 
-    norm: nn.Module
+    norm: nn.Module | None  # None is F.batch_norm
     residual: bool
     activation: str | None
     reason: str
@@ -169,35 +197,59 @@ def fold(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], bool
     calls = []
     for node in list(graph.nodes):
         if node.op == "call_module" and is_norm(_child(node, parent)):
-            calls.append(_fold_one(graph, parent, node))
+            norm = _child(node, parent)
+            reason = why_not(norm)
+            if len(node.args) != 1 or node.kwargs:
+                reason = "it is called with more than its input"
+            told = (False, None, reason) if reason else _fold_one(graph, parent, node)
+            calls.append(Call(norm, *told))
+        elif _is_function(node):
+            calls.append(Call(None, *_fold_one(graph, parent, node)))
     return calls
 
 
-def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> Call:
-    norm = _child(node, parent)
-    reason = why_not(norm)
-    if len(node.args) != 1 or node.kwargs:
-        reason = "it is called with more than its input"
-    if reason:
-        return Call(norm, False, None, reason)
+def _is_function(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is F.batch_norm and len(node.args) == 3
+
+
+def skip_identities(graph: fx.Graph, parent: nn.Module) -> tuple[nn.Module, ...]:
+    """Take the calls of nn.Identity out of a graph; return those modules."""
+    skipped = []
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            child = _child(node, parent)
+            if type(child) is nn.Identity and not is_watched(child):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                skipped.append(child)
+    return tuple(skipped)
+
+
+def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> tuple[bool, str | None, str]:
+    """Fold what follows a call of a batch norm; return what a Call says of it."""
     last, residual, in_place, reason = _sum_after(node, parent)
     activation, name, why = _activation_after(last, parent)
-    if activation is None and residual is None:
-        return Call(norm, False, None, reason or why)
+    found = residual is not None, name, reason or why
+    if node.op == "call_module" and activation is None and residual is None:
+        return found
     with graph.inserting_before(node if residual is None else last):
-        ours = graph.get_attr(str(node.target))
         by: Any = name
         if activation is not None and activation.op == "call_module":
             by = graph.get_attr(str(activation.target))
-        if residual is None:
+        if node.op == "call_function":
+            arguments = (*node.args, residual, in_place, by)
+            new = graph.call_function(fused_function, arguments, node.kwargs)
+        elif residual is None:
+            ours = graph.get_attr(str(node.target))
             new = graph.call_function(fused, (ours, node.args[0], by))
         else:
+            ours = graph.get_attr(str(node.target))
             new = graph.call_function(fused_sum, (ours, node.args[0], residual, in_place, by))
     (activation or last).replace_all_uses_with(new)
     for old in (activation, last if residual is not None else None, node):
         if old is not None:
             graph.erase_node(old)
-    return Call(norm, residual is not None, name, reason or why)
+    return found
 
 
 def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | None, bool, str]:
@@ -223,7 +275,7 @@ def _is_sum(node: fx.Node) -> bool:
 def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None, str | None, str]:
     """Return the activation of a node's value and its name; or why there is none."""
     user = _only_user(node)
-    if user is not None and user.target is fused_sum:
+    if user is not None and user.target in (fused_sum, fused_function):
         return None, None, "it is the residual of another"
     if user is None:
         return None, None, "its output is used more than once" if node.users else "it is unused"
@@ -283,9 +335,13 @@ def _obstacle(node: fx.Node, until: fx.Node, parent: nn.Module) -> str:
     Nothing in between may change its input or its parameters, or call it, whose running
     statistics would be updated in another order.
     """
-    norm, x = _child(node, parent), node.args[0]
-    own = isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
+    norm = _child(node, parent) if node.op == "call_module" else None
+    x = node.args[0]
+    own = norm is not None and isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
     for between in _between(node, until):
+        if norm is None and (between.op == "call_module" or between.target is F.batch_norm):
+            # The running statistics are arguments, and might be anybody's.
+            return f"{_shown(between, parent)} might change its statistics before the sum"
         if between.op == "get_attr":
             if str(between.target).startswith(f"{node.target}."):
                 return "its parameters are read before the sum"
@@ -313,7 +369,7 @@ def _between(first: fx.Node, last: fx.Node | None) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module) -> bool:
+def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module | None) -> bool:
     return any(m is norm for m in _child(node, parent).modules())
 
 
@@ -339,7 +395,7 @@ def _may_write(node: fx.Node, parent: nn.Module) -> bool:
 
 
 _PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
-_PURE |= {operator.getitem, getattr, fused, fused_sum}
+_PURE |= {operator.getitem, getattr, fused, fused_sum, fused_function}
 
 
 def _is_of_torch(function: Any) -> bool:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -48,7 +47,8 @@ def fuse(model: M) -> M:
         activation(norm(x) + residual)      norm(x) + residual      activation(norm(x))
 
     with an activation we have (ReLU, ReLU6, LeakyReLU of slope 0.01, SiLU, exact GELU; as modules,
-    functions or methods, in place or not), it becomes one call of the batch norm.
+    functions or methods, in place or not), it becomes one call of the batch norm. So does a call of
+    ``F.batch_norm`` in a forward that is rewritten, of a subclass of a batch norm for instance.
 
     The model computes the same to rounding, in training and in evaluation. Its modules, parameters,
     buffers, hooks, names, modes and the keys of its state_dict stay, so optimizers and checkpoints
@@ -187,8 +187,14 @@ def _is_norm(module: nn.Module) -> bool:
 def _is_candidate(module: nn.Module) -> bool:
     """Say whether the forward of a module may call batch norms."""
     parts = itertools.islice(module.modules(), 1, None)
-    defined = inspect.unwrap(type(module).forward) is not nn.Module.forward
-    return defined and any(map(_is_norm, parts))
+    forward = inspect.unwrap(type(module).forward)
+    return forward is not nn.Module.forward and (any(map(_is_norm, parts)) or _is_own(forward))
+
+
+def _is_own(forward: Callable[..., Any]) -> bool:
+    """Say whether a forward that is neither PyTorch's nor ours calls F.batch_norm."""
+    foreign = not forward.__module__.startswith(("torch.", "fusebn."))
+    return foreign and "batch_norm" in forward.__code__.co_names
 
 
 # ---- plans: rewritten forwards, and when they hold ----
@@ -206,13 +212,12 @@ class Study(NamedTuple):
 
     plans: list[Plan]
     calls: list[Call]
-    functions: list[int]  # calls of F.batch_norm, by trace
     refusals: dict[str, str]  # by mode
 
 
 def _study(module: nn.Module) -> Study:
     """Trace and fold forward in the mode of the module, and in the other if that matters."""
-    study = Study([], [], [], {})
+    study = Study([], [], {})
     if reason := _unplanned(module):
         study.refusals.update(dict.fromkeys(_MODES.values(), reason))
         return study
@@ -245,8 +250,7 @@ def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
     """Add to a study what forward does in the present mode; return its trace."""
     found, calls = _folded(module, kind)
     study.calls.extend(calls)
-    study.functions.append(sum(node.target is F.batch_norm for node in found.graph.nodes))
-    if any(call.residual or call.activation for call in calls):
+    if any(call.norm is None or call.residual or call.activation for call in calls):
         study.plans.append(Plan(_compiled(found.graph, module), found.terms))
     return found
 
@@ -267,17 +271,23 @@ def _unplanned(module: nn.Module) -> str:
 
 def _folded(module: nn.Module, kind: type) -> tuple[Trace, list[Call]]:
     """Return a trace whose graph is folded, and its calls of batch norms."""
-    found = trace(module, (), kind)
-    calls = _folding.fold(found.graph, module, _is_norm)
+    found, calls = _folded_once(module, (), kind)
     paths = _folding.openable(found.graph, module, _is_norm)
     if paths:
         opened = tuple(module.get_submodule(path) for path in sorted(paths))
-        try:
-            found = trace(module, opened, kind)
-        except Refusal:
-            return found, calls
-        calls = _folding.fold(found.graph, module, _is_norm)
+        with contextlib.suppress(Refusal):
+            return _folded_once(module, opened, kind)
     return found, calls
+
+
+def _folded_once(
+    module: nn.Module, opened: tuple[nn.Module, ...], kind: type
+) -> tuple[Trace, list[Call]]:
+    found = trace(module, opened, kind)
+    skipped = _folding.skip_identities(found.graph, module)
+    calls = _folding.fold(found.graph, module, _is_norm)
+    terms = found.terms._replace(opened=opened + skipped)
+    return found._replace(terms=terms), calls
 
 
 _numbers = itertools.count()
@@ -427,8 +437,7 @@ def explain(model: nn.Module) -> Report:
     Report
         A tuple of rows ``(name, kind, fused, residual, activation, reason)``, in the order of
         ``named_modules``, which prints as a table. A batch norm that is called in several ways has
-        several rows. Calls of ``F.batch_norm``, which stay as they are, have one row for each
-        forward.
+        several rows. A call of ``F.batch_norm`` has the name of the module whose forward it is in.
 
     Raises
     ------
@@ -452,12 +461,14 @@ def explain(model: nn.Module) -> Report:
         kind = type(module).__name__
         if isinstance(module, _BatchNorm):
             reason = closed or _left_alone(module)
-            told = [(False, None, reason)] if reason else studies.of(name, module)
             ours = isinstance(module, modules.Extended)
-            rows += (Row(name, kind, ours, *each) for each in told)
-        elif count := studies.functions(name):
-            reason = f"a function, called {count} times; only modules are fused"
-            rows.append(Row(name, "F.batch_norm", False, False, None, reason))
+            if not reason:
+                rows += (Row(name, kind, ours, *told) for told in studies.of(name, module))
+            elif not studies.functions(name):
+                rows.append(Row(name, kind, False, False, None, reason))
+        planned = isinstance(module, _Planned)
+        functions = studies.functions(name)
+        rows += (Row(name, "F.batch_norm", planned, *told) for told in functions)
     return Report(rows)
 
 
@@ -467,13 +478,17 @@ class _Studies:
     def __init__(self, model: nn.Module) -> None:
         self.studies: dict[str, tuple[nn.Module, Study]] = {}
         for name, module, closed in _walk(model):
-            home = type(module).__module__
-            if not closed and (_is_candidate(module) or not home.startswith(_LIBRARIES)):
+            if not closed and _is_candidate(module):
                 self.studies[name] = module, _study(module)
 
-    def functions(self, name: str) -> int:
-        """Return how often a forward calls F.batch_norm."""
-        return max(self.studies[name][1].functions, default=0) if name in self.studies else 0
+    def functions(self, name: str) -> list[tuple[bool, str | None, str]]:
+        """Return residual, activation and reason for the calls of F.batch_norm in a forward."""
+        if name not in self.studies:
+            return []
+        parent, study = self.studies[name]
+        ours = isinstance(parent, _Planned)
+        calls = [call for call in study.calls if call.norm is None]
+        return list(dict.fromkeys(_told(call, ours, name, parent, study) for call in calls))
 
     def of(self, name: str, norm: nn.Module) -> list[tuple[bool, str | None, str]]:
         """Return residual, activation and reason for each kind of call of a batch norm."""
@@ -496,9 +511,6 @@ class _Studies:
                 reasons = " / ".join(dict.fromkeys(refusals.values()))
                 return f"{_forward_of(name)} cannot be traced: {reasons}"
         return "no forward that was traced calls it"
-
-
-_LIBRARIES = ("torch.nn.", "fusebn.")
 
 
 def _told(

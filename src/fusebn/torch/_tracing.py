@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
     inputs: tuple[tuple[type, ...], ...]  # types of the arguments; the rest have their defaults
     read: tuple[tuple[Any, str, Any], ...]  # (object, attribute, value)
-    children: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]  # of these, in order
+    parts: tuple[tuple[nn.Module, tuple[Any, ...]], ...]  # of these modules, in order
     opened: tuple[nn.Module, ...]  # what they do is in the graph, but not their hooks
 
     def fit(self, arguments: tuple[Any, ...]) -> bool:
@@ -49,16 +49,22 @@ class Terms(NamedTuple):
 
     def hold(self) -> bool:
         """Say whether all that the trace met is as it was."""
-        _, read, children, opened = self
+        _, read, parts, opened = self
         return (
             all(_is_same(getattr(holder, name, None), value) for holder, name, value in read)
-            and all(tuple(each._modules.values()) == then for each, then in children)
+            and all(_parts_of(each) == then for each, then in parts)
             and not any(map(is_watched, opened))
         )
 
 
 def _is_same(now: Any, then: Any) -> bool:
     return now is then or (type(now) is type(then) and bool(now == then))
+
+
+def _parts_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the children of a module, and which of its parameters and buffers are None."""
+    tensors = *module._parameters.values(), *module._buffers.values()
+    return *module._modules.values(), *(tensor is None for tensor in tensors)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -146,14 +152,14 @@ def _trace(module: nn.Module, opened: tuple[nn.Module, ...], kind: type) -> Trac
 
 
 def _containers(module: nn.Module, graph: fx.Graph) -> Any:
-    """Return whose children the graph calls or reads, and those children."""
+    """Return whose children or tensors the graph calls or reads, and those."""
     paths = {""} | {name for name, child in module.named_children() if type(child) in _LISTS}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             parts = node.target.split(".")
             paths |= {".".join(parts[:i]) for i in range(len(parts))}
     found = [module.get_submodule(path) for path in sorted(paths)]
-    return tuple((each, tuple(each._modules.values())) for each in found)
+    return tuple((each, _parts_of(each)) for each in found)
 
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
