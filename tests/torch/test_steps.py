@@ -79,6 +79,8 @@ def test_a_part_is_measured_and_written(suite: Suite, shape: str, tmp_path: Path
     ways = {(run["step"], run["memory"]) for run in runs}
     assert ways == {(step, memory) for step in suite.steps for memory in suite.memories}
     assert all(step.title in page for step in suite.steps.values())
+    unit = "microseconds, fresh\n" if suite is TORCH_CALLS else "milliseconds, fresh (in brackets"
+    assert f"## Each case: {unit}" in page
 
 
 # ---- the peers ----

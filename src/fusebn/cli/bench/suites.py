@@ -49,6 +49,11 @@ class Suite(NamedTuple):
     oracle: bool = True  # whether the oracle judges the answers; else the first of them does
 
     @property
+    def tiny(self) -> bool:
+        """Whether its times are those of calls and not of memory."""
+        return any(step.calls > 1 for step in self.steps.values())
+
+    @property
     def part(self) -> str:
         """What the suite is called among those of its framework."""
         return self.name.partition("-")[2]
