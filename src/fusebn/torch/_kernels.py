@@ -56,7 +56,7 @@ def positions(operation: str, y: Tensor, weights: Tensor) -> Tensor:
         if not (least >= 0 and most < math.inf):
             got = f"{least if least < 0 else most}"
             _spec.fail(ValueError, operation, "weights", "be finite and not negative", got)
-    order = sorted(range(y.ndim), key=lambda i: -y.stride(i))
+    order = sorted(range(y.ndim), key=y.stride, reverse=True)
     return weights.permute(order).contiguous()
 
 

@@ -29,7 +29,7 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         scale: Tensor | None,
@@ -43,7 +43,7 @@ class _Eager(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         """Return the gradients: by the op where they are to be differentiated again."""
         x, scale, offset, residual = ctx.saved_tensors
         batch, options = ctx.rest
@@ -172,7 +172,7 @@ def batch_norm_updating(
     tensors = (x, scale, offset, mean, variance, residual, weights)
     if not x.is_cpu:
         return _native.batch_norm_updating(*tensors, options)
-    return _through_op(*tensors, options)
+    return _through_op(*tensors, options)  # type: ignore[no-any-return]
 
 
 def _through_op(
@@ -184,7 +184,7 @@ def _through_op(
     residual: Tensor | None,
     weights: Tensor | None,
     options: Options,
-) -> Tensor:
+) -> Any:
     stat = stat_type(x)
     given = [mean, variance]
     if options.training:
@@ -210,7 +210,7 @@ def batch_norm_backward(
     batch: Tensor,
     tensors: tuple[Tensor | None, ...],
     options: Options,
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Return the gradients of the first six tensors, x to residual; of None, anything.
 
     `batch` is the mean and biased variance that normalized x, in float64.

@@ -12,7 +12,7 @@ likes. What keeps it safe:
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ class Options(NamedTuple):
 class Moments(NamedTuple):
     """Statistics over some axes, all in float64."""
 
-    count: Tensor  # sum of the weights
+    count: Tensor  # type: ignore[assignment]  # sum of the weights
     mean: Tensor
     m2: Tensor  # sum of weight * (x - mean)^2
 
@@ -45,7 +45,7 @@ class BatchNorm(NamedTuple):
     mean: Tensor
     variance: Tensor
     batch: Tensor  # the mean and biased variance that normalized x, in float64: [2, channels]
-    count: Tensor  # sum of the weights, in float64; 0 outside training
+    count: Tensor  # type: ignore[assignment]  # of the weights, in float64; 0 outside training
 
 
 class Gradient(NamedTuple):
@@ -73,7 +73,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def total(x: Tensor, axes: Sequence[int], keepdim: bool = False) -> Tensor:
+def total(x: Tensor, axes: list[int] | tuple[int, ...], keepdim: bool = False) -> Tensor:
     """Return the sum over axes; over none of them it is x, where PyTorch would take all."""
     return x.sum(axes, keepdim=keepdim) if axes else x
 
@@ -185,11 +185,14 @@ def gradient(
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:
         result = batch_norm(
-            **{**tensors, **dict(zip(sources, values, strict=True))}, options=options
+            **{**tensors, **dict(zip(sources, values, strict=True))},  # type: ignore[arg-type]
+            options=options,
         )
         return result[:3]
 
-    found, back = torch.func.vjp(outputs, *(tensors[name] for name in sources))
+    found, back = torch.func.vjp(  # type: ignore[misc]
+        outputs, *(tensors[name] for name in sources)
+    )
     cotangents = tuple(
         torch.zeros_like(value) if given is None else given
         for value, given in zip(found, (dy, dmean, dvariance), strict=True)

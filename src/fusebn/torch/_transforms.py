@@ -43,19 +43,19 @@ class Op:
         torch.library.register_autograd(qualified, backward, setup_context=save, lib=library)
         torch.library.register_vmap(qualified, mapped, lib=library)
 
-    def __call__(self, *tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor | None, **options: Any) -> Any:
         """Call the op, by the way that whoever watches understands."""
         transformed = torch._C._are_functorch_transforms_active()
         if torch.compiler.is_compiling():
             # Compilers cannot follow a function that has all these rules.
             way = self._composite if transformed else self._op
-            return way(*tensors, **options)  # type: ignore[no-any-return]
+            return way(*tensors, **options)
         if transformed and _forward_mode_is_nested():
             # PyTorch takes 0 for the inner derivative of any function that has a jvp of its own.
             return self._composite(*tensors, **options)
         if transformed or forward_ad._current_level >= 0:
-            return self._function.apply(*tensors, options)  # type: ignore[no-any-return]
-        return self._op(*tensors, **options)  # type: ignore[no-any-return]
+            return self._function.apply(*tensors, options)
+        return self._op(*tensors, **options)
 
 
 def _forward_mode_is_nested() -> bool:
@@ -68,7 +68,7 @@ def pushed_forward(
     tensors: Sequence[Tensor | None],
     options: dict[str, Any],
     tangents: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Return what tangents become.
 
     The backward is linear in what flows into it, and its own backward is the answer: so forward
@@ -81,10 +81,13 @@ def pushed_forward(
         given = dict(zip(moving, values, strict=True))
         return tuple(composite(*(given.get(i, v) for i, v in enumerate(tensors)), **options))
 
-    results, back = torch.func.vjp(of_moving, *(tensors[i] for i in moving))
-    _, forth = torch.func.vjp(back, tuple(torch.zeros_like(result) for result in results))
+    results, back = torch.func.vjp(  # type: ignore[misc]
+        of_moving, *(tensors[i] for i in moving)
+    )
+    zeros = tuple(torch.zeros_like(result) for result in results)
+    _, forth = torch.func.vjp(back, zeros)  # type: ignore[misc]
     (answer,) = forth(tuple(tangents[i] for i in moving))
-    return answer  # type: ignore[no-any-return]
+    return answer
 
 
 def _function(op: Op, save: Any, backward: Any, composite: Any, rule: Rule) -> Any:
@@ -93,7 +96,7 @@ def _function(op: Op, save: Any, backward: Any, composite: Any, rule: Rule) -> A
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(*arguments: Any) -> Any:  # type: ignore[override]
+        def forward(*arguments: Any) -> Any:
             *tensors, options = arguments
             with forward_ad._set_fwd_grad_enabled(False):
                 return op._op(*tensors, **options)
@@ -105,15 +108,15 @@ def _function(op: Op, save: Any, backward: Any, composite: Any, rule: Rule) -> A
             ctx.save_for_forward(*tensors)
 
         @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:  # type: ignore[override]
+        def jvp(ctx: Any, *tangents: Any) -> Any:
             return pushed_forward(composite, ctx.saved_tensors, ctx.all_options, tangents[:-1])
 
         @staticmethod
-        def backward(ctx: Any, *flowing: Any) -> Any:  # type: ignore[override]
+        def backward(ctx: Any, *flowing: Any) -> Any:
             return *derivative(ctx, *flowing), None
 
         @staticmethod
-        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:  # type: ignore[override]
+        def vmap(info: Any, in_dims: Any, *arguments: Any) -> Any:
             *tensors, options = arguments
             return rule(op, info.batch_size, in_dims[:-1], tensors, options)
 
