@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import tomllib
 from pathlib import Path
 
 import torch
@@ -63,8 +64,11 @@ def test_every_argument_stands_where_the_table_says() -> None:
                     assert (name in taken) == (place in where), (name, place)
 
 
-def test_the_tested_version_is_said() -> None:
-    assert f"PyTorch {'.'.join(torch.__version__.split('.')[:2])} is tested" in PAGE.read_text()
+def test_it_says_the_version_that_is_needed_and_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    version = ".".join(torch.__version__.split(".")[:2])
+    assert f"PyTorch {version} or later" in PAGE.read_text()
+    assert f"torch>={version}" in project["optional-dependencies"]["torch"]
 
 
 def test_links_lead_somewhere() -> None:
