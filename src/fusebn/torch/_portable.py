@@ -148,8 +148,9 @@ def batch_norm(
         if given is not None and factor != 1:
             returned = torch.where(counted, (1 - factor) * given + factor * returned, given)
         # A batch of count 0 is normalized as if its variance were infinite: x is forgotten.
-        forgotten = batch.new_tensor([[0.0], [math.inf]])
-        used = torch.where(counted, batch, forgotten)
+        used = torch.stack(
+            [torch.where(counted, batch[0], 0), torch.where(counted, batch[1], math.inf)]
+        )
     else:
         assert given is not None
         count = given.new_zeros(())
