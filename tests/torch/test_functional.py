@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fusebn.torch as fbt
+from fusebn.torch import _kernels
 
 SHAPES = [(6, 3), (4, 3, 5), (4, 3, 5, 2), (2, 3, 2, 3, 4)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -253,6 +254,27 @@ def test_the_statistics_are_not_part_of_the_graph(generator: torch.Generator) ->
         grads = (torch.autograd.grad(v.sin().sum(), x) for v in (y, expected))
         assert_near(next(grads)[0], next(grads)[0])
     assert not mean.requires_grad
+
+
+class Named(Tensor):
+    """A tensor that is not plain."""
+
+
+def test_every_way_gives_the_same(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A subclass, and a PyTorch that tells nothing of its tensors to C, take the longer way."""
+    x = normal(generator, 6, 3).float()
+    running = [[torch.zeros(3), torch.ones(3)] for _ in range(3)]
+    plain = fbt.batch_norm(x, *running[0], training=True, activation="relu")
+    named = fbt.batch_norm(x.as_subclass(Named), *running[1], training=True, activation="relu")
+    assert type(named) is Named
+    monkeypatch.setattr(_kernels, "_EXCHANGE_API", None)
+    older = fbt.batch_norm(x, *running[2], training=True, activation="relu")
+    for other, statistics in ((named.as_subclass(Tensor), running[1]), (older, running[2])):
+        assert torch.equal(other, plain)
+        assert torch.equal(statistics[0], running[0][0])
+        assert torch.equal(statistics[1], running[0][1])
 
 
 # ---- bad input ----

@@ -153,6 +153,8 @@ def forward_of_plain(
     Returns False, and has done nothing, if they are not. In training mean and variance are
     overwritten by what they are mixed into.
     """
+    if _EXCHANGE_API is None:
+        return False
     training, axis, epsilon, correction, factor, activation = options
     if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
         follow_threads()
