@@ -60,11 +60,6 @@ def positions(operation: str, y: Tensor, weights: Tensor) -> Tensor:
     return weights.permute(order).contiguous()
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Return where a tensor's elements lie; None for None."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 # ---- threads ----
 
 _follows_torch = not os.environ.get("FUSEBN_NUM_THREADS")
@@ -197,14 +192,17 @@ def gradient(
     """Return dx; fill what is given to be filled, dresidual a tensor that lies as x does."""
     training, axis, epsilon, correction, factor, activation = options
     dx = empty_like(x)
-    dy = beside(dx, dy)
-    if not x.is_contiguous():
+    in_order = x.is_contiguous()
+    if not (in_order and dy.is_contiguous()):
+        dy = beside(dx, dy)
+    if not in_order:
         x = beside(dx, x)
     if residual is not None:
         residual = beside(dx, residual)
     if weights is not None:
         weights = _spread(dx, weights, axis)
-    follow_threads()
+    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
+        follow_threads()
     _core.gradient(
         ELEMENTS[x.dtype],
         *block(dx, axis),
@@ -213,22 +211,22 @@ def gradient(
         training,
         batch[0],
         batch[1],
-        address(weights),
-        address(scale),
-        address(offset),
-        address(residual),
+        None if weights is None else weights.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         ACTIVATIONS[activation],
         epsilon,
-        address(dmean),
-        address(dvariance),
+        None if dmean is None else dmean.data_ptr(),
+        None if dvariance is None else dvariance.data_ptr(),
         correction,
         factor,
         dx.data_ptr(),
-        address(dresidual),
-        address(dscale),
-        address(doffset),
-        address(dgiven_mean),
-        address(dgiven_variance),
+        None if dresidual is None else dresidual.data_ptr(),
+        None if dscale is None else dscale.data_ptr(),
+        None if doffset is None else doffset.data_ptr(),
+        None if dgiven_mean is None else dgiven_mean.data_ptr(),
+        None if dgiven_variance is None else dgiven_variance.data_ptr(),
     )
     return dx
 
@@ -244,7 +242,7 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
         ELEMENTS[x.dtype],
         *block(y, axis),
         y.data_ptr(),
-        address(weights),
+        None if weights is None else weights.data_ptr(),
         mean.data_ptr(),
         m2.data_ptr(),
     )
