@@ -60,6 +60,11 @@ def positions(operation: str, y: Tensor, weights: Tensor) -> Tensor:
     return weights.permute(order).contiguous()
 
 
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's elements lie; None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 # ---- threads ----
 
 _follows_torch = not os.environ.get("FUSEBN_NUM_THREADS")
