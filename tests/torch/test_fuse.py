@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
 import random
@@ -245,6 +246,11 @@ FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
         True,
         "relu",
     ),
+    "past a child that writes elsewhere": (
+        lambda s, x: s.bn(s.conv(x)) + s.act(x * 1),
+        True,
+        None,
+    ),
     "residual first": (lambda s, x: F.relu(s.conv(x).tanh() + s.bn(x)), True, "relu"),
 }
 
@@ -252,7 +258,7 @@ FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
 @pytest.mark.parametrize("case", FOLDED)
 def test_what_is_folded(case):
     forward, residual, activation = FOLDED[case]
-    fused, plain, x = around(forward)
+    fused, plain, x = around(forward, act=nn.ReLU(inplace=True))
     assert_same_model(fused, plain, x)
     row = only_row(fused)
     assert (row.residual, row.activation) == (residual, activation)
@@ -334,6 +340,11 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
     "other in place": (keeps_the_other_name, (False, None), "in place to another tensor"),
     "changed input": (
         lambda s, x: (lambda z: s.bn(z) + F.relu(z, inplace=True))(x * 1),
+        (False, None),
+        "relu might change its input before the sum",
+    ),
+    "changed by another name": (
+        lambda s, x: (lambda w: s.bn(w.view(4, 3, 5, 5)) + F.relu(w, inplace=True))(x * 1),
         (False, None),
         "relu might change its input before the sum",
     ),
@@ -1169,6 +1180,14 @@ def test_a_parameter_may_come_and_go():
             model.scale = value and nn.Parameter(torch.tensor(value, dtype=torch.float64))
         assert_same_model(fused, plain, x)
         fbt.fuse(fused)
+
+
+def test_the_examples_run():
+    for function in (fbt.fuse, fbt.unfuse, fbt.explain):
+        runner = doctest.DocTestRunner()
+        for example in doctest.DocTestFinder().find(function, globs={}):
+            assert runner.run(example).failed == 0
+        assert runner.tries
 
 
 def test_what_nobody_calls():
