@@ -56,11 +56,16 @@ def fuse(model: M) -> M:
     instance of a subclass of its class, with the same name. Copies, pickles and wrappers work;
     a pickle needs fusebn to be loaded, a state_dict does not. Fusing twice is fusing once.
 
-    A forward is rewritten by tracing it (``torch.fx``) in both modes, and only if the trace is sure
-    to stand for it: see :func:`explain`. A rewritten forward is used for positional tensors, and
-    while the attributes and children that the trace met are what they were; otherwise the old one
-    runs, as it does for a module that is exchanged later: fuse again then. Hooks are respected
-    whenever they are added. What a forward prints or counts outside of the module is not seen.
+    A forward is rewritten by tracing it with `torch.fx <https://pytorch.org/docs/stable/fx.html>`_,
+    in both modes; that runs its Python once more for each. It is left as it is if its control flow
+    depends on tensors, or if it sets attributes or ``no_grad``, draws random numbers in Python, or
+    reads a list or an object whose changes could not be seen: :func:`explain` says which.
+    A rewritten forward is used for positional arguments, and while the attributes and children that
+    the trace met are what they were; otherwise the old one runs, so fuse again after such a change.
+    Hooks are respected whenever they are added. Not seen is what a forward does outside of the
+    module without a tensor, such as printing a word.
+
+    A batch norm with a residual is called where the sum was, and keeps the residual for backward.
 
     Parameters
     ----------
