@@ -57,9 +57,10 @@ def fuse(model: M) -> M:
     a pickle needs fusebn to be loaded, a state_dict does not. Fusing twice is fusing once.
 
     A forward is rewritten by tracing it with `torch.fx <https://pytorch.org/docs/stable/fx.html>`_,
-    in both modes, which runs its Python a few times without data. It is left as it is if its control flow
-    depends on tensors, or if it sets attributes or ``no_grad``, draws random numbers in Python, or
-    reads a list or an object whose changes could not be seen: :func:`explain` says which.
+    in both modes, which runs its Python a few times without data. It is left as it is if its
+    control flow depends on tensors, or if it sets attributes or ``no_grad``, draws random numbers
+    in Python, or reads a list or an object whose changes could not be seen: :func:`explain` says
+    which.
     A rewritten forward is used for positional arguments, and while the attributes and children that
     the trace met are what they were; otherwise the old one runs, so fuse again after such a change.
     Hooks are respected whenever they are added. Not seen is what a forward does outside of the
