@@ -164,7 +164,7 @@ def test_the_report_has_the_tables_of_the_terminal(demo: Demo) -> None:
         (["--epochs", "-3"], "Invalid value for '--epochs': -3 is not in the range"),
         (["--epochs", "many"], "Invalid value for '--epochs': 'many' is not a valid integer"),
         (["--seed", "-1"], "Invalid value for '--seed': -1 is not in the range"),
-        (["--framework", "torch"], "Invalid value for '--framework': 'torch' is not one of"),
+        (["--framework", "caffe"], "Invalid value for '--framework': 'caffe' is not one of"),
         (["--sed", "1"], "No such option"),
     ],
 )

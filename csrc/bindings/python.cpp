@@ -9,6 +9,7 @@
 
 #include "batch_norm.h"
 #include "memory.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 
@@ -147,6 +148,44 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
   });
 }
 
+// forward on tensors, for what nearly every call brings: x and y, dense and alike, lie in the memory
+// of the CPU, the residual lies as they do, the rest are vectors of its statistics' type. None, and
+// nothing is done, for anything else, and for a batch of no more than one value a channel.
+// In training mean and variance are overwritten by what they are mixed into.
+nb::object py_forward_of_tensors(nb::handle exchange_api, nb::handle x, nb::handle y, int axis,
+                                 bool training, nb::handle mean, nb::handle variance,
+                                 nb::handle scale, nb::handle offset, nb::handle residual,
+                                 int activation, double epsilon, double correction, double factor,
+                                 Out batch) {
+  const auto* api = static_cast<const ExchangeApi*>(
+      PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
+  if (!api) throw nb::python_error();
+  if (api->version.major != 1) return nb::none();
+  Tensor in, out, added;
+  if (!look_at(*api, x, in) || !look_at(*api, y, out) || !lies_as(in, out)) return nb::none();
+  if (!residual.is_none() && !(look_at(*api, residual, added) && lies_as(added, out)))
+    return nb::none();
+  const int type = element_type(in), stat = type == 3 ? 3 : 2;
+  const int64_t channels = out.shape[axis], total = elements(out);
+  if (type < 0 || total == 0 || (training && total == channels)) return nb::none();
+  Out means, variances;
+  In scales, offsets;
+  if (!vector_of(*api, mean, stat, channels, means) ||
+      !vector_of(*api, variance, stat, channels, variances) ||
+      !vector_of(*api, scale, stat, channels, scales) ||
+      !vector_of(*api, offset, stat, channels, offsets))
+    return nb::none();
+  if (!means.data != !variances.data || !(training || means.data)) return nb::none();
+
+  const int64_t inner = channels > 1 ? out.strides[axis] : total;
+  const Out none;
+  return nb::float_(py_forward(
+      type, total / (channels * inner), channels, inner, {in.data}, training, {means.data},
+      {variances.data}, {}, scales, offsets, {residual.is_none() ? nullptr : added.data},
+      activation, epsilon, correction, factor, {out.data}, training ? means : none,
+      training ? variances : none, batch));
+}
+
 // The verbs one by one, for those who bring devices together between them.
 
 template <class T>
@@ -242,6 +281,10 @@ NB_MODULE(_core, m) {
         array("weights"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("y"),
         array("mean_out"), array("variance_out"), array("batch"));
+  m.def("forward_of_tensors", &py_forward_of_tensors, nb::arg("exchange_api"), nb::arg("x"),
+        nb::arg("y"), nb::arg("axis"), nb::arg("training"), array("mean"), array("variance"),
+        array("scale"), array("offset"), array("residual"), nb::arg("activation"),
+        nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("batch"));
   m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),

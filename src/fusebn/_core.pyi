@@ -34,6 +34,23 @@ def forward(
     variance_out: _Out,
     batch: _Out,
 ) -> float: ...
+def forward_of_tensors(
+    exchange_api: object,
+    x: object,
+    y: object,
+    axis: int,
+    training: bool,
+    mean: object,
+    variance: object,
+    scale: object,
+    offset: object,
+    residual: object,
+    activation: int,
+    epsilon: float,
+    correction: float,
+    factor: float,
+    batch: _Out,
+) -> float | None: ...
 def gradient(
     type: int,
     outer: int,

@@ -4,7 +4,7 @@ An array's type names the package it comes from, and that package was imported b
 array. So a framework that is missing, heavy or broken costs nothing until somebody uses it.
 """
 
-from functools import cache
+import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -19,18 +19,26 @@ _ADAPTERS = {
 }
 
 
-@cache
+# What has been found; a plain dict, which compilers can look into.
+_found: dict[type[Any], ModuleType] = {}
+
+
 def _adapter_of_type(kind: type[Any]) -> ModuleType | None:
     for base in kind.__mro__:
         name = _ADAPTERS.get(base.__module__.partition(".")[0])
         if name is not None:
-            return import_module(name)
+            # A compiler can follow a look into the dict, but no import.
+            return sys.modules.get(name) or import_module(name)
     return None
 
 
 def adapter_of(operation: str, x: Any, argument: str = "x") -> ModuleType:
     """Return the module whose functions take x."""
-    adapter = _adapter_of_type(type(x))  # type: ignore[arg-type]  # a type is hashable
+    kind = type(x)
+    adapter = _found.get(kind)
     if adapter is None:
-        _spec.unsupported(operation, argument, x)
+        adapter = _adapter_of_type(kind)
+        if adapter is None:
+            _spec.unsupported(operation, argument, x)
+        _found[kind] = adapter
     return adapter

@@ -297,6 +297,50 @@ class UNet(nn.Module):
         return self.out(x)
 
 
+# ---- as in timm: a batch norm with its activation, and places for what regularizes ----
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked.add_(1)
+        x = F.batch_norm(
+            x,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
+        return self.act(self.drop(x))
+
+
+class TimmBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = convolution(3, 3)
+        self.bn1 = BatchNormAct2d(3)
+        self.conv2 = convolution(3, 3)
+        self.bn2 = nn.BatchNorm2d(3)
+        self.drop_block = nn.Identity()
+        self.act2 = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        x = self.bn1(self.conv1(x))
+        x = self.drop_block(self.bn2(self.conv2(x)))
+        x += shortcut
+        return self.act2(x)
+
+
 # ---- forwards that are hard to trace ----
 
 
@@ -355,6 +399,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (4, 3, 6, 6),
     ),
     "u-net": (UNet, (2, 3, 8, 8)),
+    "timm": (lambda: nn.Sequential(TimmBlock(), TimmBlock()), (4, 3, 6, 6)),
     "mlp": (mlp, (8, 6)),
     "dynamic": (Dynamic, (4, 3, 6, 6)),
     "flagged": (Flagged, (4, 3, 6, 6)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
 import pickle
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
+from fusebn import memory
 from fusebn.torch import modules
 
 SLOPE = 0.5  # a test changes it
@@ -102,6 +105,7 @@ EXPECTED = {
     "mobilenet": {(False, "relu6"): 7, (True, None): 2},
     "efficientnet": {(False, "silu"): 6, (True, None): 1},
     "u-net": {(False, "leaky_relu"): 5, (False, "gelu"): 5},
+    "timm": {(True, "relu"): 2},  # and two more through the function
     "mlp": {(False, "relu"): 1},
     "dynamic": {(False, "relu"): 1},
     "flagged": {(False, "relu"): 1},
@@ -230,6 +234,23 @@ FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
     ".add": (lambda s, x: F.gelu(s.bn(x).add(x)), True, "gelu"),
     ".add_": (lambda s, x: F.silu(s.bn(x).add_(x)), True, "silu"),
     "two": (lambda s, x: F.relu(s.bn(x) + s.conv(x) + x), True, None),
+    "residual also elsewhere": (
+        lambda s, x: (lambda y: torch.cat([s.bn(y).add(y).relu(), torch.flatten(y, 0, 0)]))(
+            s.conv(x)
+        ),
+        True,
+        "relu",
+    ),
+    "past other functions": (
+        lambda s, x: F.relu((lambda y, z: y + z)(s.bn(x), torch.cat([x[:2], x[2:]]) * 2)),
+        True,
+        "relu",
+    ),
+    "past a child that writes elsewhere": (
+        lambda s, x: s.bn(s.conv(x)) + s.act(x * 1),
+        True,
+        None,
+    ),
     "residual first": (lambda s, x: F.relu(s.conv(x).tanh() + s.bn(x)), True, "relu"),
 }
 
@@ -237,7 +258,7 @@ FOLDED: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
 @pytest.mark.parametrize("case", FOLDED)
 def test_what_is_folded(case):
     forward, residual, activation = FOLDED[case]
-    fused, plain, x = around(forward)
+    fused, plain, x = around(forward, act=nn.ReLU(inplace=True))
     assert_same_model(fused, plain, x)
     row = only_row(fused)
     assert (row.residual, row.activation) == (residual, activation)
@@ -279,6 +300,11 @@ def changes_the_residual(self: Any, x: Tensor) -> Tensor:
     return F.relu(y) + identity
 
 
+class Add(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+
 # (forward, what is folded nevertheless, reason)
 UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
     "slope": (lambda s, x: F.leaky_relu(s.bn(x), 0.2), (False, None), "leaky_relu follows"),
@@ -289,6 +315,11 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
     ),
     "hardtanh": (lambda s, x: F.hardtanh(s.bn(x)), (False, None), "hardtanh follows"),
     "alpha": (lambda s, x: torch.add(s.bn(x), x, alpha=2), (False, None), "add follows"),
+    "a child of that name": (
+        lambda s, x: F.relu(s.add(s.bn(x), x)),
+        (False, None),
+        "Add 'add' follows",
+    ),
     "number": (lambda s, x: s.bn(x) + 1.0, (False, None), "no other tensor"),
     "itself": (lambda s, x: (lambda y: y + y)(s.bn(x)), (False, None), "no other tensor"),
     "used twice": (
@@ -312,6 +343,11 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
         (False, None),
         "relu might change its input before the sum",
     ),
+    "changed by another name": (
+        lambda s, x: (lambda w: s.bn(w.view(4, 3, 5, 5)) + F.relu(w, inplace=True))(x * 1),
+        (False, None),
+        "relu might change its input before the sum",
+    ),
     "changed by a child": (
         lambda s, x: (lambda z: s.bn(z) + s.act(z))(x * 1),
         (False, None),
@@ -331,7 +367,7 @@ UNFOLDED: dict[str, tuple[Callable[..., Any], tuple[bool, str | None], str]] = {
 @pytest.mark.parametrize("case", UNFOLDED)
 def test_what_is_not_folded(case):
     forward, folded, reason = UNFOLDED[case]
-    fused, plain, x = around(forward, act=nn.ReLU(inplace=True))
+    fused, plain, x = around(forward, act=nn.ReLU(inplace=True), add=Add())
     if "changed" in case:
         # Autograd does not allow it, of the original either.
         fused, plain = fused.requires_grad_(False), plain.requires_grad_(False)
@@ -362,6 +398,18 @@ def test_a_residual_of_another_kind_is_added_as_it_was(residual, monkeypatch):
     assert not calls
     assert_equal([actual.abs()], [expected.abs()])
     assert actual.dtype == expected.dtype
+
+
+def test_what_a_batch_norm_returns_may_be_changed_in_place():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        y *= 2
+        return y.relu_() + self.bn(x)
+
+    fused, plain, _ = around(forward)
+    x = torch.randn(2, 3, 160, 160, dtype=torch.float64)
+    assert x.numel() * x.element_size() > memory.LEAST
+    assert_equal(step(fused, x), step(plain, x), ulps=4096)
 
 
 def test_a_sum_in_place_keeps_its_error():
@@ -411,6 +459,40 @@ def test_a_layer_is_fused_for_tensors_and_for_lists(monkeypatch):
     with counted(monkeypatch) as calls:
         assert_same_model(fused, plain, x)
     assert len(calls) == 6
+
+
+def test_an_attribute_of_the_class_may_change():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(x))
+        return y * self.factor if self.factor else y
+
+    fused, plain, x = around(forward)
+    type(plain).factor = 0.0
+    fbt.fuse(fused)
+    assert only_row(fused).activation == "relu"
+    fused.factor = plain.factor = 2.0
+    assert_same_model(fused, plain, x)
+    del fused.factor, plain.factor
+    type(plain).factor = 3.0
+    assert_same_model(fused, plain, x)
+
+
+def test_a_forward_may_be_exchanged_in_its_class():
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)))
+    type(plain).forward = lambda s, x: F.relu6(s.bn(x) * 2)
+    assert_same_model(fused, plain, x)
+    fbt.fuse(fused)
+    assert_same_model(fused, plain, x)
+    fbt.unfuse(fused)
+    assert type(fused) is type(plain)
+
+
+def test_a_closure_may_change():
+    factors = [1.0]
+    fused, plain, x = around(lambda s, x: F.relu(s.bn(x)) * factors[0])
+    assert "it reads 'factors', a list" in only_row(fused).reason
+    factors[0] = 2.0
+    assert_same_model(fused, plain, x)
 
 
 def exchange(model: Any) -> None:
@@ -712,3 +794,405 @@ def test_a_forward_of_more_arguments():
     for args, options in [((x,), {}), ((x, 2.0), {}), ((x,), {"shift": 1.0})]:
         assert_equal([fused(*args, **options)], [plain(*args, **options)])
     assert_equal([fused(x=x)], [plain(x=x)])
+
+
+# ---- forwards that no graph can stand for ----
+
+
+def by_value(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) if x.sum() > 0 else self.bn(x)
+
+
+def by_shape(self: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 3
+    return F.relu(self.bn(x))
+
+
+def by_python_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * random.random()
+
+
+def by_numpy_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * np.random.random()  # noqa: NPY002
+
+
+def by_torch_chance(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) if torch.rand(()) < 0.5 else x
+
+
+def by_a_new_tensor(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * torch.full((3, 1, 1), 2.0)
+
+
+def without_gradient(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = F.relu(self.bn(x))
+    return y + x
+
+
+def without_autocast(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return F.relu(self.bn(x))
+
+
+def by_grad_mode(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.relu(y) if torch.is_grad_enabled() else y
+
+
+def through_checkpoint(self: Any, x: Tensor) -> Tensor:
+    return F.relu(checkpoint(self.bn, x, use_reentrant=False))
+
+
+def through_reentrant_checkpoint(self: Any, x: Tensor) -> Tensor:
+    return F.relu(checkpoint(self.bn, x, use_reentrant=True))
+
+
+def counting(self: Any, x: Tensor) -> Tensor:
+    self.called = getattr(self, "called", 0) + 1
+    return F.relu(self.bn(x)) * self.called
+
+
+def remembering(self: Any, x: Tensor) -> Tensor:
+    self.last = F.relu(self.bn(x))
+    return self.last
+
+
+def reading_a_list(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * self.factors[0]
+
+
+def reading_a_global_list(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x)) * FACTORS[0]
+
+
+def printing(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    assert f"{y}"
+    return F.relu(y)
+
+
+def by_type(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    return F.relu(y) if isinstance(y, Tensor) else y
+
+
+def of_all(self: Any, *inputs: Tensor) -> Tensor:
+    return F.relu(self.bn(inputs[0]))
+
+
+def of_a_keyword(self: Any, x: Tensor, *, scale: Any) -> Tensor:
+    return F.relu(self.bn(x)) * scale
+
+
+def through_a_stranger(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(STRANGER(x)))
+
+
+def through_something_foreign(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(Doubled.apply(x)))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 3 * dy  # unlike the derivative of forward: it must be this that runs
+
+
+FACTORS = [2.0]
+STRANGER = nn.Tanh()
+UNTRACED: dict[Any, str] = {
+    by_value: "its control flow depends on",
+    by_shape: "its control flow depends on",
+    by_python_chance: "it draws random numbers itself",
+    by_numpy_chance: "it draws random numbers itself",
+    by_torch_chance: "it draws random numbers itself",
+    by_a_new_tensor: "a tensor that is no parameter, buffer or input",
+    without_gradient: "it sets no_grad, autocast, checkpointing",
+    without_autocast: "it sets no_grad, autocast, checkpointing",
+    by_grad_mode: "depends on more than its input",
+    through_checkpoint: "it sets no_grad, autocast, checkpointing",
+    through_reentrant_checkpoint: "it sets no_grad, autocast, checkpointing",
+    counting: "it sets 'called'",
+    remembering: "it sets 'last'",
+    reading_a_list: "it reads 'factors', a list",
+    reading_a_global_list: "it reads 'FACTORS', a list",
+    printing: "it makes text of a tensor",
+    by_type: "it asks for the type",
+    of_all: "IndexError",
+    of_a_keyword: "keyword-only",
+    through_a_stranger: "it calls a Tanh that is not among its children",
+    through_something_foreign: "it sets no_grad",
+}
+
+
+@pytest.mark.parametrize("forward", UNTRACED, ids=lambda forward: forward.__name__)
+def test_what_cannot_be_traced_runs_as_it_did(forward):
+    FACTORS[0] = 2.0
+    fused, plain, x = around(forward)
+    keys = vars(plain).keys()
+    for model in fused, plain:
+        model.factors = [1.5]
+    fbt.fuse(fused)
+    assert vars(fused).keys() - {"factors"} == keys - {"factors"}
+    assert type(fused.bn) is fbt.BatchNorm2d
+    row = only_row(fused)
+    assert row[2:5] == (True, False, None)
+    assert row.reason.startswith("forward of the model cannot be traced: ")
+    assert UNTRACED[forward] in row.reason
+    fused.factors[0] = plain.factors[0] = FACTORS[0] = 7.0
+    options = {"scale": 2} if forward is of_a_keyword else {}
+    for training in (False, True):
+        results = []
+        for model in fused.train(training), plain.train(training):
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            inputs = x.clone().requires_grad_()
+            y = model(inputs, **options)
+            y.square().sum().backward()
+            # A recomputation updates nothing of ours, and what is PyTorch's a second time.
+            buffers = () if "checkpoint" in forward.__name__ else model.buffers()
+            results.append([y.detach(), inputs.grad, *buffers])
+        assert_equal(*results)
+
+
+def test_tracing_leaves_no_trace():
+    class Counted(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            return F.relu(self.bn(x)) * self.count
+
+    plain = Counted().double()
+    plain.register_buffer("count", torch.zeros((), dtype=torch.float64))
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert only_row(fused).activation == "relu"
+    assert fused.count == 0
+    assert_same_model(fused, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
+    assert "isinstance" not in globals()
+    assert "__getattribute__" not in vars(nn.Module)
+
+
+def test_one_mode_may_be_traced_and_the_other_not(monkeypatch):
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(x))
+        return y * random.random() if self.training else y
+
+    fused, plain, x = around(forward)
+    with counted(monkeypatch) as calls:
+        assert_equal([fused.eval()(x)], [plain.eval()(x)])
+        fused.train()(x)
+    assert calls == [(False, "relu")]
+    reason = "not in training: it draws random numbers itself"
+    assert only_row(fused).reason == reason
+
+
+# ---- modules that are left alone ----
+
+
+class Sub(nn.BatchNorm2d):
+    """A batch norm of somebody else."""
+
+
+def own_forward() -> nn.Module:
+    norm = nn.BatchNorm2d(3)
+    norm.forward = lambda x: x
+    return norm
+
+
+LEFT = {
+    "synchronized": (
+        lambda: nn.SyncBatchNorm(3),
+        "use fusebn.torch.convert_sync_batchnorm, then fuse",
+    ),
+    "lazy": (
+        nn.LazyBatchNorm2d,
+        "it has no channels yet: call the model once, then fuse",
+    ),
+    "subclass": (lambda: Sub(3), "its class is not PyTorch's own"),
+    "own forward": (own_forward, "forward is an attribute of the module itself"),
+    "compiled": (
+        lambda: torch.compile(nn.Sequential(nn.BatchNorm2d(3)), backend="eager"),
+        "it is in a compiled module: fuse before compiling",
+    ),
+    "quantized": (
+        lambda: torch.ao.nn.intrinsic.BNReLU2d(nn.BatchNorm2d(3), nn.ReLU()),
+        "it is in a module for quantization",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_what_is_left_alone(case):
+    make, reason = LEFT[case]
+    model = nn.Sequential(make(), nn.ReLU())
+    classes = [type(module) for module in model.modules()]
+    fbt.fuse(model)
+    assert [type(module) for module in model.modules()] == classes
+    row = only_row(model)
+    assert row.reason == reason
+    assert not row.fused
+
+
+def test_forwards_that_are_left_alone():
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()))
+    parametrized = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    parametrized.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    nn.utils.parametrize.register_parametrization(parametrized, "scale", nn.Softplus())
+    replaced = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    replaced.forward = lambda x: x
+    reasons = {
+        graph: "it is a graph already, of torch.fx",
+        parametrized: "it has parametrizations",
+        replaced: "forward is an attribute of the module itself",
+    }
+    for model, reason in reasons.items():
+        kind = type(model)
+        assert type(fbt.fuse(model)) is kind
+        assert only_row(model).reason == f"forward of the model cannot be traced: {reason}"
+        assert only_row(model).fused
+
+
+def test_ours_that_are_synchronized_or_lazy(monkeypatch):
+    x = torch.randn(4, 3, 5, 5)
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    for norm in fbt.SyncBatchNorm(3), fbt.LazyBatchNorm2d():
+        model = nn.Sequential(norm, nn.ReLU())
+        assert_equal([fbt.fuse(model)(x)], [plain(x)])
+        with counted(monkeypatch) as calls:
+            assert_equal([fbt.fuse(model)(x)], [plain(x)])
+        assert calls == [(False, "relu")]
+        assert only_row(model).activation == "relu"
+
+
+def test_a_class_that_takes_no_subclass():
+    class Final(nn.Sequential):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("final")
+
+    plain = Final(nn.BatchNorm1d(4), nn.ReLU()).double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    assert type(fused) is Final
+    assert type(fused[0]) is fbt.BatchNorm1d
+    assert_same_model(fused, plain, torch.randn(6, 4, dtype=torch.float64))
+    assert type(fbt.unfuse(fused)[0]) is nn.BatchNorm1d
+
+
+# ---- the report ----
+
+
+def test_a_report_is_a_table_and_a_tuple():
+    model, _ = network("dynamic")
+    report = fbt.explain(model)
+    assert report[0] == ("stem.1", "BatchNorm2d", False, False, None, report[0].reason)
+    assert str(report) == repr(report)
+    head, _, first, _ = str(report).splitlines()
+    assert head == "batch norm  class        fused with  not more, because"
+    assert first == "stem.1      BatchNorm2d  -           fuse would fold relu into it"
+    assert str(fbt.explain(fbt.fuse(model))).splitlines()[2:] == [
+        "stem.1      BatchNorm2d  relu",
+        "bn          BatchNorm2d  nothing     forward of the model cannot be traced: "
+        "its control flow depends on the values or the shape of its input",
+    ]
+
+
+def test_a_report_changes_nothing():
+    fused, plain, x = pair("efficientnet")
+    states = {key: dict(vars(module)) for key, module in fused.named_modules()}
+    fbt.explain(fused)
+    assert {key: vars(module) for key, module in fused.named_modules()} == states
+    fbt.explain(plain)
+    assert_same_model(fused, plain, x)
+
+
+def test_calls_of_the_function():
+    fused, plain, x = pair("timm")
+    kinds = [(row.name, row.kind, row.residual, row.activation) for row in fbt.explain(fused)]
+    assert kinds[:2] == [
+        ("0.bn1", "F.batch_norm", False, "relu"),
+        ("0.bn2", "BatchNorm2d", True, "relu"),
+    ]
+    reasons = [row.reason for row in fbt.explain(plain)]
+    assert reasons[0] == "fuse would fold relu into it"
+    node = fused(x).grad_fn
+    graph = {node}
+    while node := next((n for n, _ in node.next_functions if n), None):
+        graph.add(node)
+    assert not any("Relu" in type(node).__name__ for node in graph)
+
+
+def batch_norm_of(self: Any, x: Tensor) -> Tensor:
+    return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, training=self.training)
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], bool, str | None]] = {
+    "alone": (lambda s, x: batch_norm_of(s, x).tanh(), False, None),
+    "activation": (lambda s, x: F.silu(batch_norm_of(s, x)), False, "silu"),
+    "module": (lambda s, x: s.act(batch_norm_of(s, x)), False, "relu"),
+    "residual": (lambda s, x: s.act(batch_norm_of(s, x) + x), True, "relu"),
+    "in place": (lambda s, x: batch_norm_of(s, x).add_(x), True, None),
+    "broadcasts": (lambda s, x: F.relu(batch_norm_of(s, x) + x[:1]), True, "relu"),
+    "past another": (lambda s, x: batch_norm_of(s, x) + s.conv(x), False, None),
+}
+
+
+@pytest.mark.parametrize("case", FUNCTIONS)
+def test_the_function_in_a_forward(case):
+    forward, residual, activation = FUNCTIONS[case]
+    fused, plain, x = around(forward, act=nn.ReLU())
+    assert_same_model(fused, plain, x)
+    (row,) = [row for row in fbt.explain(fused) if row.kind == "F.batch_norm"]
+    assert row[2:5] == (True, residual, activation)
+    hooked = heard(fused, "act", x, "register_forward_hook")
+    assert_equal(hooked, heard(plain, "act", x, "register_forward_hook"))
+
+
+def test_identities_are_no_obstacle_and_keep_their_hooks(monkeypatch):
+    fused, plain, x = around(lambda s, x: F.relu(s.drop(s.bn(x))), drop=nn.Identity())
+    assert only_row(fused).activation == "relu"
+    kind = "register_forward_hook"
+    assert_equal(heard(fused, "drop", x, kind), heard(plain, "drop", x, kind))
+    assert_same_model(fused, plain, x)
+    fused.drop = plain.drop = nn.Softplus()
+    assert_same_model(fused, plain, x)
+
+
+def test_a_parameter_may_come_and_go():
+    class Scaled(Around):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("scale", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.bn(x))
+            return y if self.scale is None else y * self.scale
+
+    plain = Scaled().double()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    assert only_row(fused).activation == "relu"
+    for value in (3.0, None):
+        for model in fused, plain:
+            model.scale = value and nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        assert_same_model(fused, plain, x)
+        fbt.fuse(fused)
+
+
+def test_the_examples_run():
+    for function in (fbt.fuse, fbt.unfuse, fbt.explain):
+        runner = doctest.DocTestRunner()
+        for example in doctest.DocTestFinder().find(function, globs={}):
+            assert runner.run(example).failed == 0
+        assert runner.tries
+
+
+def test_what_nobody_calls():
+    class Unused(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    assert only_row(fbt.fuse(Unused())).reason == "no forward that was traced calls it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -12,7 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 from torch.utils.data import DataLoader, Dataset
 
 import fusebn.torch as fbt
@@ -21,9 +27,11 @@ SHAPES = {
     "NC": ("BatchNorm1d", (6, 3)),
     "NCL": ("BatchNorm1d", (4, 3, 5)),
     "NCHW": ("BatchNorm2d", (4, 3, 5, 2)),
-    "NHWC": ("BatchNorm2d", (4, 3, 5, 2)),  # channels_last
+    "NHWC": ("BatchNorm2d", (4, 3, 5, 2)),
     "NCDHW": ("BatchNorm3d", (2, 3, 2, 3, 4)),
+    "NDHWC": ("BatchNorm3d", (2, 3, 2, 3, 4)),
 }
+ORDERS = {"NHWC": torch.channels_last, "NDHWC": torch.channels_last_3d}
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "no affine": {"affine": False},
@@ -120,13 +128,27 @@ def test_steps(case: str, options: str, dtype: torch.dtype, generator: torch.Gen
         ours.train(event == "train")
         theirs.train(event == "train")
         x, dy = batch(generator, shape), torch.randn(shape, generator=generator).double()
-        if case == "NHWC":
-            x, dy = (v.contiguous(memory_format=torch.channels_last) for v in (x, dy))
+        order = ORDERS.get(case, torch.contiguous_format)
+        x, dy = (v.contiguous(memory_format=order) for v in (x, dy))
         found, wanted = step(ours, x.to(dtype), dy.to(dtype)), step(theirs, x, dy)
         for actual, expected in zip(found, wanted, strict=True):
             assert_near(actual, expected)
         assert found[0].stride() == x.stride()
         assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast(training: bool, generator: torch.Generator) -> None:
+    ours, theirs = pair("BatchNorm2d", generator, torch.float32)
+    ours.train(training)
+    theirs.train(training)
+    x, one = batch(generator).bfloat16(), torch.eye(3)[..., None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(torch.nn.functional.conv2d(x.float(), one))
+    assert y.dtype == torch.bfloat16
+    assert_near(y, theirs(x.double()), ulps=1)
+    assert ours.running_mean.dtype == torch.float32
+    assert_same_state(ours, theirs)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
@@ -284,6 +306,19 @@ def test_the_representation_shows_what_differs() -> None:
     module = fbt.BatchNorm2d(3, activation="relu", axis=-1, nonfinite="skip", correction=0)
     extras = "activation='relu', correction=0.0, nonfinite='skip', axis=-1"
     assert repr(module.freeze()).endswith(f"track_running_stats=True, {extras}, frozen=True)")
+
+
+def test_parametrized(generator: torch.Generator) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    ours, theirs = pair("BatchNorm2d", generator)
+    for module in (ours, theirs):
+        torch.nn.utils.parametrize.register_parametrization(module, "weight", Doubled())
+    x, dy = batch(generator), batch(generator)
+    for actual, expected in zip(step(ours, x, dy), step(theirs, x, dy), strict=True):
+        assert_near(actual, expected)
 
 
 # --- NaN and infinities -----------------------------------------------------------------------
@@ -459,6 +494,22 @@ def test_checkpointing_updates_once(
     assert net[1].num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": None}], ids=str)
+def test_selective_checkpointing(options: dict[str, Any], generator: torch.Generator) -> None:
+    def policy(context: Any, op: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+        saved = op is torch.ops.aten.convolution.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    net, plain = network(**options), network(**options)
+    values = batch(generator)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    checkpoint(net, values, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    plain(values).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert_near(ours.grad, theirs.grad, ulps=1000)
+    assert_same_state(net, plain)
+
+
 def test_checkpoints_within_checkpoints(generator: torch.Generator) -> None:
     net = network()
 
@@ -471,6 +522,22 @@ def test_checkpoints_within_checkpoints(generator: torch.Generator) -> None:
     x = batch(generator).requires_grad_()
     checkpoint(outer, x, use_reentrant=False).sum().backward()
     assert net[1].num_batches_tracked == net[3].num_batches_tracked == 1
+
+
+def test_compiled_checkpoints(generator: torch.Generator) -> None:
+    torch._dynamo.reset()
+    net, plain = network(), network()
+
+    @torch.compile(backend="aot_eager")
+    def compiled(x: Tensor) -> Tensor:
+        return checkpoint(net, x, use_reentrant=False).square().sum()
+
+    x = batch(generator)
+    compiled(x).backward()
+    plain(x).square().sum().backward()
+    for ours, theirs in zip(net.parameters(), plain.parameters(), strict=True):
+        assert_near(ours.grad, theirs.grad, ulps=1000)
+    assert_same_state(net, plain)
 
 
 # --- compilers, exporters, transforms ---------------------------------------------------------
@@ -512,6 +579,23 @@ def test_exported(training: bool, generator: torch.Generator) -> None:
     assert_same_state(exported, module)
 
 
+def test_a_node_of_torch_fx(generator: torch.Generator) -> None:
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = fbt.BatchNorm2d(3, dtype=torch.float64)
+
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return self.norm(self.norm(x, x, activation="relu", weights=w))
+
+    block = Block()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(block))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    x, w = batch(generator), torch.tensor([1.0, 0, 2, 0]).reshape(4, 1, 1)
+    assert traced(x, w).equal(block(x, w))
+    assert_same_state(traced, block)
+
+
 def test_functional_call(generator: torch.Generator) -> None:
     module = fbt.BatchNorm2d(3, dtype=torch.float64)
     before = copy.deepcopy(module.state_dict())
@@ -519,11 +603,30 @@ def test_functional_call(generator: torch.Generator) -> None:
     state["weight"] += 1
     x = batch(generator)
     y = torch.func.functional_call(module, state, (x,))
-    assert_same_state(module, copy.deepcopy(module))
     assert all(value.equal(before[key]) for key, value in module.state_dict().items())
     assert state["num_batches_tracked"] == 1
     assert_near(y, 2 * module(x))
     assert state["running_var"].equal(module.running_var)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"nonfinite": "skip"}], ids=str)
+def test_an_ensemble(options: dict[str, Any], training: bool, generator: torch.Generator) -> None:
+    modules = [fbt.BatchNorm2d(3, dtype=torch.float64, **options).train(training) for _ in range(2)]
+    for module in modules:
+        randomize(module, generator)
+    state = torch.func.stack_module_state(modules)
+    shell = copy.deepcopy(modules[0])
+
+    def call(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        return torch.func.functional_call(shell, (parameters, buffers), (x,))
+
+    x = batch(generator, (2, 4, 3, 5, 2))
+    found = torch.func.vmap(call)(*state, x)
+    for i, module in enumerate(modules):
+        assert_near(found[i], module(x[i]))
+        for name, buffer in module.named_buffers():
+            assert_near(state[1][name][i].double(), buffer.double())
 
 
 def test_gradients_by_functional_call(generator: torch.Generator) -> None:

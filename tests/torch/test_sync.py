@@ -314,7 +314,7 @@ def distributed_data_parallel() -> None:
 
 
 def one_that_fails_is_waited_for_until_the_time_limit() -> None:
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=5))
     part = fbt.SyncBatchNorm(3, process_group=group)
     channels = 4 if dist.get_rank() == 0 else 3
     with pytest.raises((ValueError, RuntimeError)):
@@ -352,7 +352,7 @@ def work(rank: int, world: int, folder: str) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=100),
     )
     for check in CHECKS:
         try:
@@ -432,6 +432,12 @@ def test_conversion_keeps_everything() -> None:
     assert calls == [1]
     new[0].weight = torch.nn.Parameter(torch.zeros(3))
     assert old[0].weight.equal(torch.ones(3))
+
+
+def test_conversion_widens_statistics() -> None:
+    module = fbt.convert_sync_batchnorm(torch.nn.BatchNorm1d(3, dtype=torch.float16))
+    assert module.weight.dtype == torch.float16
+    assert module.running_var.dtype == torch.float32
 
 
 def test_conversion_keeps_a_group_unless_given_another() -> None:

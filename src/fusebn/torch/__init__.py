@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
         raise
     _spec.missing("fusebn.torch", "torch")
 
+from fusebn.torch import _functions as _functions  # found by `fusebn`; compilers cannot import
 from fusebn.torch._fuse import explain, fuse, unfuse
 from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import (

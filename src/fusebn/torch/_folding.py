@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fusebn.torch._tracing import is_watched
+from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import Extended
 
 # ---- activations by all their names ----
@@ -99,21 +100,48 @@ def fused_sum(
     name = _fusible(norm, activation)
     if name is not None and _are_alike(x, residual):
         return norm(x, residual, activation=name or None)  # type: ignore[no-any-return]
-    y = norm(x)
-    if in_place:
-        y += residual
-    else:
-        y = y + residual
-    return _apply(activation, y)
+    return _apply(activation, _add(norm(x), residual, in_place))
+
+
+def fused_function(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Any,
+    in_place: bool,
+    activation: Activation,
+    **options: Any,
+) -> Tensor:
+    """Return activation(F.batch_norm(x, ...) + residual), in one call if nobody could tell.
+
+    A residual of None is none.
+    """
+    name = _name_of(activation)
+    if name is not None and (residual is None or _are_alike(x, residual)):
+        options = {**options, "residual": residual, "activation": name or None}
+        return batch_norm(x, mean, variance, **options)
+    y = batch_norm(x, mean, variance, **options)
+    return _apply(activation, y if residual is None else _add(y, residual, in_place))
 
 
 def _fusible(norm: nn.Module, activation: Activation) -> str | None:
     """Return the name of the activation, "" for none, or None where the calls must stay apart."""
-    if not isinstance(norm, Extended) or why_not(norm) or _any_global_hook():
+    return None if not isinstance(norm, Extended) or why_not(norm) else _name_of(activation)
+
+
+def _name_of(activation: Activation) -> str | None:
+    if _any_global_hook():
         return None
     if isinstance(activation, nn.Module):
         return None if is_watched(activation) else activation_of(activation)
     return activation or ""
+
+
+def _add(y: Tensor, residual: Any, in_place: bool) -> Tensor:
+    if in_place:
+        y += residual
+        return y
+    return y + residual  # type: ignore[no-any-return]
 
 
 def _apply(activation: Activation, y: Tensor) -> Tensor:
@@ -134,6 +162,8 @@ def _are_alike(x: Any, residual: Any) -> bool:
 
 def why_not(norm: nn.Module) -> str:
     """Say what in a batch norm itself forbids that its call does more than it, or ""."""
+    if "forward" in vars(norm):
+        return "its forward is an attribute of its own"
     if is_watched(norm):
         return "it has hooks, which would see other values"
     if getattr(norm, "activation", None) is not None:
@@ -156,7 +186,7 @@ def _any_global_hook() -> bool:
 class Call(NamedTuple):
     """One call of a batch norm in a graph: what goes into it, or why not (more)."""
 
-    norm: nn.Module
+    norm: nn.Module | None  # None is F.batch_norm
     residual: bool
     activation: str | None
     reason: str
@@ -167,41 +197,65 @@ def fold(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], bool
     calls = []
     for node in list(graph.nodes):
         if node.op == "call_module" and is_norm(_child(node, parent)):
-            calls.append(_fold_one(graph, parent, node))
+            norm = _child(node, parent)
+            reason = why_not(norm)
+            if len(node.args) != 1 or node.kwargs:
+                reason = "it is called with more than its input"
+            told = (False, None, reason) if reason else _fold_one(graph, parent, node)
+            calls.append(Call(norm, *told))
+        elif _is_function(node):
+            calls.append(Call(None, *_fold_one(graph, parent, node)))
     return calls
 
 
-def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> Call:
-    norm = _child(node, parent)
-    reason = why_not(norm)
-    if len(node.args) != 1 or node.kwargs:
-        reason = "it is called with more than its input"
-    if reason:
-        return Call(norm, False, None, reason)
+def _is_function(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is F.batch_norm and len(node.args) == 3
+
+
+def skip_identities(graph: fx.Graph, parent: nn.Module) -> tuple[nn.Module, ...]:
+    """Take the calls of nn.Identity out of a graph; return those modules."""
+    skipped = []
+    for node in list(graph.nodes):
+        if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
+            child = _child(node, parent)
+            if type(child) is nn.Identity and not is_watched(child):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                skipped.append(child)
+    return tuple(skipped)
+
+
+def _fold_one(graph: fx.Graph, parent: nn.Module, node: fx.Node) -> tuple[bool, str | None, str]:
+    """Fold what follows a call of a batch norm; return what a Call says of it."""
     last, residual, in_place, reason = _sum_after(node, parent)
     activation, name, why = _activation_after(last, parent)
-    if activation is None and residual is None:
-        return Call(norm, False, None, reason or why)
+    found = residual is not None, name, reason or why
+    if node.op == "call_module" and activation is None and residual is None:
+        return found
     with graph.inserting_before(node if residual is None else last):
-        ours = graph.get_attr(str(node.target))
         by: Any = name
         if activation is not None and activation.op == "call_module":
             by = graph.get_attr(str(activation.target))
-        if residual is None:
+        if node.op == "call_function":
+            arguments = (*node.args, residual, in_place, by)
+            new = graph.call_function(fused_function, arguments, node.kwargs)
+        elif residual is None:
+            ours = graph.get_attr(str(node.target))
             new = graph.call_function(fused, (ours, node.args[0], by))
         else:
+            ours = graph.get_attr(str(node.target))
             new = graph.call_function(fused_sum, (ours, node.args[0], residual, in_place, by))
     (activation or last).replace_all_uses_with(new)
     for old in (activation, last if residual is not None else None, node):
         if old is not None:
             graph.erase_node(old)
-    return Call(norm, residual is not None, name, reason or why)
+    return found
 
 
 def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | None, bool, str]:
     """Return the last node of norm(x) + residual, the residual, how they are added; or why not."""
     user = _only_user(node)
-    if user is None or user.target not in _SUMS or len(user.args) != 2 or user.kwargs:
+    if user is None or not _is_sum(user):
         return node, None, False, ""
     first, second = user.args
     other, in_place = (second if first is node else first), _SUMS[user.target]
@@ -213,10 +267,15 @@ def _sum_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node, fx.Node | Non
     return (node, None, False, reason) if reason else (user, other, in_place, "")
 
 
+def _is_sum(node: fx.Node) -> bool:
+    called = node.op in ("call_function", "call_method")
+    return called and node.target in _SUMS and len(node.args) == 2 and not node.kwargs
+
+
 def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None, str | None, str]:
     """Return the activation of a node's value and its name; or why there is none."""
     user = _only_user(node)
-    if user is not None and user.target is fused_sum:
+    if user is not None and user.target in (fused_sum, fused_function):
         return None, None, "it is the residual of another"
     if user is None:
         return None, None, "its output is used more than once" if node.users else "it is unused"
@@ -253,7 +312,7 @@ def openable(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], 
     found: set[str] = set()
     for node in graph.nodes:
         user = _only_user(node)
-        if node.op == "call_module" and user is not None and user.target in _SUMS:
+        if node.op == "call_module" and user is not None and _is_sum(user):
             path, paths = str(node.target), set()
             while _is_sequential(last := parent.get_submodule(path)) and len(last):
                 paths.add(path)
@@ -276,9 +335,13 @@ def _obstacle(node: fx.Node, until: fx.Node, parent: nn.Module) -> str:
     Nothing in between may change its input or its parameters, or call it, whose running
     statistics would be updated in another order.
     """
-    norm, x = _child(node, parent), node.args[0]
-    own = isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
+    norm = _child(node, parent) if node.op == "call_module" else None
+    x = node.args[0]
+    own = norm is not None and isinstance(x, fx.Node) and _is_fresh(x, parent) and len(x.users) == 1
     for between in _between(node, until):
+        if norm is None and (between.op == "call_module" or between.target is F.batch_norm):
+            # The running statistics are arguments, and might be anybody's.
+            return f"{_shown(between, parent)} might change its statistics before the sum"
         if between.op == "get_attr":
             if str(between.target).startswith(f"{node.target}."):
                 return "its parameters are read before the sum"
@@ -306,7 +369,7 @@ def _between(first: fx.Node, last: fx.Node | None) -> Iterator[fx.Node]:
         node = node.next
 
 
-def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module) -> bool:
+def _calls(parent: nn.Module, node: fx.Node, norm: nn.Module | None) -> bool:
     return any(m is norm for m in _child(node, parent).modules())
 
 
@@ -315,9 +378,8 @@ def _is_fresh(node: fx.Node, parent: nn.Module) -> bool:
     if node.op != "call_module":
         return False
     kind = type(_child(node, parent))
-    return kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear") and (
-        kind is not nn.Identity
-    )
+    layers = ("torch.nn.modules.conv", "torch.nn.modules.linear")
+    return kind.__module__ in layers and kind is not nn.Identity
 
 
 def _may_write(node: fx.Node, parent: nn.Module) -> bool:
@@ -327,14 +389,18 @@ def _may_write(node: fx.Node, parent: nn.Module) -> bool:
         return not all(_is_known(m) and not getattr(m, "inplace", False) for m in modules)
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    name, home = node.target.__name__, node.target.__module__ or ""
-    writes = name.endswith("_") or node.kwargs.get("inplace") or "out" in node.kwargs
-    known = home.partition(".")[0] == "torch" or node.target in _PURE
-    return bool(writes or not known)
+    function: Any = node.target
+    writes = function.__name__.endswith("_") or node.kwargs.get("inplace") or "out" in node.kwargs
+    return bool(writes) or not (function in _PURE or _is_of_torch(function))
 
 
-_PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, getattr}
-_PURE |= {operator.getitem}
+_PURE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg}
+_PURE |= {operator.getitem, getattr, fused, fused_sum, fused_function}
+
+
+def _is_of_torch(function: Any) -> bool:
+    home = (getattr(function, "__module__", None) or "").partition(".")[0]
+    return home == "torch" or getattr(torch, function.__name__, None) is function
 
 
 def _is_known(module: nn.Module) -> bool:

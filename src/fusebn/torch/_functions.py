@@ -78,14 +78,18 @@ def fused_batch_norm(
     )
     stat = stat_type(x)
     vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
-    tensors = [vector(operation, name, of, x, axis, stat) for name, of in vectors.items()]
+    scale, offset, mean, variance = (
+        vector(operation, name, of, x, axis, stat) for name, of in vectors.items()
+    )
     if weights is not None:
         weights = position_weights(operation, "weights", weights, x, {axis})
     if residual is not None:
         residual = like_x(operation, "residual", residual, x)
     if out is not None:
         like_x(operation, "out", out, x)
-    y, mean, variance = _ops.batch_norm(x, *tensors, residual, weights, options)
+    y, mean, variance = _ops.batch_norm(
+        x, scale, offset, mean, variance, residual, weights, options
+    )
     return FusedBatchNorm(y if out is None else out.copy_(y), mean, variance)
 
 
@@ -243,9 +247,9 @@ def _moments_of_own_weights(x: Tensor, reduced: tuple[int, ...], weights: Tensor
     """Weights that differ between channels, which the core has no verb for: two passes."""
     w = weights.to(torch.float64).expand(x.shape)
     wide = torch.where(w > 0, x.to(torch.float64), 0)
-    count = w.sum(reduced, keepdim=True)
-    mean = (w * wide).sum(reduced, keepdim=True) / torch.where(count > 0, count, 1)
-    m2 = (w * (wide - mean).square()).sum(reduced)
+    count = _portable.total(w, reduced, keepdim=True)
+    mean = _portable.total(w * wide, reduced, keepdim=True) / torch.where(count > 0, count, 1)
+    m2 = _portable.total(w * (wide - mean).square(), reduced)
     return Moments(count.squeeze(reduced), mean.squeeze(reduced), m2)
 
 
@@ -310,7 +314,7 @@ def _normalize(
     """Normalize by mean, variance, offset and scale: `given` in that order, by public name."""
     x = tensor_of(operation, argument, x)
     epsilon = _spec.non_negative(operation, "variance_epsilon", variance_epsilon)
-    parameters: dict[str, Tensor | None] = {}
+    parameters: dict[str, Any] = {}
     shape = x.shape
     for name, value in given.items():
         if value is None and name in ("mean", "variance"):
@@ -322,21 +326,21 @@ def _normalize(
     mean, variance, offset, scale = parameters.values()
     axis = _only_axis(x, shape, [v for v in parameters.values() if v is not None])
     if axis is None:
-        wide = [None if v is None else v.to(torch.float64) for v in parameters.values()]
+        wide: Any = [None if v is None else v.to(torch.float64) for v in parameters.values()]
         _check_variance(operation, wide[1])
         mean, variance, offset, scale = wide
         return _portable.normalize(x, mean, variance, scale, offset, epsilon).to(x.dtype)
-    vectors = [
+    scale, offset, mean, variance = (
         None if v is None else v.reshape(-1).expand(x.shape[axis])
         for v in (scale, offset, mean, variance)
-    ]
+    )
     options = Options(False, axis, epsilon, 0.0, 1.0, "identity")
-    return _ops.batch_norm(x, *vectors, None, None, options)[0]
+    return _ops.batch_norm(x, scale, offset, mean, variance, None, None, options)[0]
 
 
 def _broadcast(
     operation: str, argument: str, name: str, value: Tensor, x: Tensor, shape: Any
-) -> torch.Size:
+) -> Any:
     try:
         return torch.broadcast_shapes(shape, value.shape)
     except RuntimeError:
@@ -382,7 +386,7 @@ def batch_norm_with_global_normalization(
 
 def assign_moving_average(
     variable: Any, value: Any, decay: Any, zero_debias: Any = False
-) -> Tensor:
+) -> Any:
     """See :func:`fusebn.assign_moving_average`."""
     operation = "assign_moving_average"
     variable = tensor_of(operation, "variable", variable)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
@@ -48,7 +47,8 @@ def fuse(model: M) -> M:
         activation(norm(x) + residual)      norm(x) + residual      activation(norm(x))
 
     with an activation we have (ReLU, ReLU6, LeakyReLU of slope 0.01, SiLU, exact GELU; as modules,
-    functions or methods, in place or not), it becomes one call of the batch norm.
+    functions or methods, in place or not), it becomes one call of the batch norm. So does a call of
+    ``F.batch_norm`` in a forward that is rewritten, of a subclass of a batch norm for instance.
 
     The model computes the same to rounding, in training and in evaluation. Its modules, parameters,
     buffers, hooks, names, modes and the keys of its state_dict stay, so optimizers and checkpoints
@@ -56,11 +56,17 @@ def fuse(model: M) -> M:
     instance of a subclass of its class, with the same name. Copies, pickles and wrappers work;
     a pickle needs fusebn to be loaded, a state_dict does not. Fusing twice is fusing once.
 
-    A forward is rewritten by tracing it (``torch.fx``) in both modes, and only if the trace is sure
-    to stand for it: see :func:`explain`. A rewritten forward is used for positional tensors, and
-    while the attributes and children that the trace met are what they were; otherwise the old one
-    runs, as it does for a module that is exchanged later: fuse again then. Hooks are respected
-    whenever they are added. What a forward prints or counts outside of the module is not seen.
+    A forward is rewritten by tracing it with `torch.fx <https://pytorch.org/docs/stable/fx.html>`_,
+    in both modes, which runs its Python a few times without data. It is left as it is if its
+    control flow depends on tensors, or if it sets attributes or ``no_grad``, draws random numbers
+    in Python, or reads a list or an object whose changes could not be seen: :func:`explain` says
+    which.
+    A rewritten forward is used for positional arguments, and while the attributes and children that
+    the trace met are what they were; otherwise the old one runs, so fuse again after such a change.
+    Hooks are respected whenever they are added. Not seen is what a forward does outside of the
+    module without a tensor, such as printing a word.
+
+    A batch norm with a residual is called where the sum was, and keeps the residual for backward.
 
     Parameters
     ----------
@@ -94,8 +100,8 @@ def fuse(model: M) -> M:
     """
     _check("fuse", model)
     for _, module, closed in _walk(model):
-        if not closed and type(module) in _OURS and "forward" not in vars(module):
-            module.__class__ = _OURS[type(module)]
+        if not closed and type(module) in _OURS and _is_norm(module):
+            _become(module, _OURS[type(module)])
             vars(module)[_CHANGED] = True
     for _, module, closed in _walk(model):
         if not closed:
@@ -133,9 +139,10 @@ def unfuse(model: M) -> M:
     """
     _check("unfuse", model)
     for module in model.modules():
-        _restore(module)
+        if isinstance(module, _Planned):
+            _restore(module)
         if vars(module).pop(_CHANGED, False) and type(module) in _THEIRS:
-            module.__class__ = _THEIRS[type(module)]
+            _become(module, _THEIRS[type(module)])
     return model
 
 
@@ -179,14 +186,21 @@ def _closed(module: nn.Module) -> str:
 
 def _is_norm(module: nn.Module) -> bool:
     """Say whether something can be folded into a module, once it is ours."""
-    return isinstance(module, modules.Extended) or type(module) in _OURS
+    ours = isinstance(module, modules.Extended) or type(module) in _OURS
+    return ours and "forward" not in vars(module)
 
 
 def _is_candidate(module: nn.Module) -> bool:
     """Say whether the forward of a module may call batch norms."""
     parts = itertools.islice(module.modules(), 1, None)
-    defined = inspect.unwrap(type(module).forward) is not nn.Module.forward
-    return defined and any(map(_is_norm, parts))
+    forward = inspect.unwrap(type(module).forward)
+    return forward is not nn.Module.forward and (any(map(_is_norm, parts)) or _is_own(forward))
+
+
+def _is_own(forward: Callable[..., Any]) -> bool:
+    """Say whether a forward that is neither PyTorch's nor ours calls F.batch_norm."""
+    foreign = not forward.__module__.startswith(("torch.", "fusebn."))
+    return foreign and "batch_norm" in forward.__code__.co_names
 
 
 # ---- plans: rewritten forwards, and when they hold ----
@@ -204,40 +218,45 @@ class Study(NamedTuple):
 
     plans: list[Plan]
     calls: list[Call]
-    functions: list[int]  # calls of F.batch_norm, by trace
     refusals: dict[str, str]  # by mode
 
 
 def _study(module: nn.Module) -> Study:
     """Trace and fold forward in the mode of the module, and in the other if that matters."""
-    study = Study([], [], [], {})
+    study = Study([], [], {})
     if reason := _unplanned(module):
         study.refusals.update(dict.fromkeys(_MODES.values(), reason))
         return study
-    mode = module.training
-    for training in (mode, not mode):
-        vars(module)["training"] = training  # not by train(), which others may have overridden
+    for training in (module.training, not module.training):
         try:
-            found = _study_mode(module, study, Tensor)
-            if found.by_type:
-                with contextlib.suppress(Refusal):  # it may be for tensors alone
-                    _study_mode(module, study, list)
+            with _in_mode(module, training):
+                found = _study_mode(module, study, Tensor)
+                if found.by_type:
+                    with contextlib.suppress(Refusal):  # it may be for tensors alone
+                        _study_mode(module, study, list)
         except Refusal as refusal:
             study.refusals[_MODES[training]] = str(refusal)
             continue
-        finally:
-            vars(module)["training"] = mode
         if not any(holder is module and name == "training" for holder, name, _ in found.terms.read):
             break
     return study
+
+
+@contextlib.contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    # Not by train(), which reaches the children and which others may have overridden.
+    before, vars(module)["training"] = module.training, training
+    try:
+        yield
+    finally:
+        vars(module)["training"] = before
 
 
 def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
     """Add to a study what forward does in the present mode; return its trace."""
     found, calls = _folded(module, kind)
     study.calls.extend(calls)
-    study.functions.append(sum(node.target is F.batch_norm for node in found.graph.nodes))
-    if any(call.residual or call.activation for call in calls):
+    if any(call.norm is None or call.residual or call.activation for call in calls):
         study.plans.append(Plan(_compiled(found.graph, module), found.terms))
     return found
 
@@ -258,17 +277,23 @@ def _unplanned(module: nn.Module) -> str:
 
 def _folded(module: nn.Module, kind: type) -> tuple[Trace, list[Call]]:
     """Return a trace whose graph is folded, and its calls of batch norms."""
-    found = trace(module, (), kind)
-    calls = _folding.fold(found.graph, module, _is_norm)
+    found, calls = _folded_once(module, (), kind)
     paths = _folding.openable(found.graph, module, _is_norm)
     if paths:
         opened = tuple(module.get_submodule(path) for path in sorted(paths))
-        try:
-            found = trace(module, opened, kind)
-        except Refusal:
-            return found, calls
-        calls = _folding.fold(found.graph, module, _is_norm)
+        with contextlib.suppress(Refusal):
+            return _folded_once(module, opened, kind)
     return found, calls
+
+
+def _folded_once(
+    module: nn.Module, opened: tuple[nn.Module, ...], kind: type
+) -> tuple[Trace, list[Call]]:
+    found = trace(module, opened, kind)
+    skipped = _folding.skip_identities(found.graph, module)
+    calls = _folding.fold(found.graph, module, _is_norm)
+    terms = found.terms._replace(opened=opened + skipped)
+    return found._replace(terms=terms), calls
 
 
 _numbers = itertools.count()
@@ -311,7 +336,7 @@ class _Planned:
 
 def _remade(make: Callable[..., nn.Module], kind: type, *rest: Any) -> nn.Module:
     module = make(kind, *rest)
-    module.__class__ = _planned(kind)
+    _become(module, _planned(kind))
     return module
 
 
@@ -322,11 +347,12 @@ def _planned(kind: type) -> type:
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not kwargs:
+        now = kind.forward  # type: ignore[attr-defined]
+        if now is original and not kwargs:
             for plan in vars(self).get(_PLANS, ()):
                 if plan.terms.fit(args):
                     return plan.run(self, *args)
-        return original(self, *args, **kwargs)
+        return now(self, *args, **kwargs)
 
     body = {
         "__module__": kind.__module__,
@@ -342,19 +368,23 @@ def _original(kind: type) -> type:
 
 
 def _restore(module: nn.Module) -> None:
-    module.__class__ = _original(type(module))
+    _become(module, _original(type(module)))
     vars(module).pop(_PLANS, None)
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    object.__setattr__(module, "__class__", kind)  # some modules watch what is set
 
 
 def _rewrite(module: nn.Module) -> None:
     """Give a module the plans of its forward, or take away those of an earlier time."""
     plans = _study(module).plans if _is_candidate(module) else []
-    if not plans:
+    if isinstance(module, _Planned) and not plans:
         _restore(module)
-        return
-    vars(module)[_PLANS] = plans
-    if not isinstance(module, _Planned):
-        module.__class__ = _planned(type(module))
+    elif plans:
+        with contextlib.suppress(TypeError):  # some classes do not take a subclass like ours
+            _become(module, _planned(_original(type(module))))
+            vars(module)[_PLANS] = plans
 
 
 # ---- the report ----
@@ -396,7 +426,7 @@ class Report(tuple[Row, ...]):
 
 
 def _with(row: Row) -> str:
-    parts = ["residual"] * row.residual + [row.activation] * (row.activation is not None)
+    parts = [part for part in ("residual" * row.residual, row.activation) if part]
     return " + ".join(parts) if parts else "nothing" if row.fused else "-"
 
 
@@ -413,8 +443,7 @@ def explain(model: nn.Module) -> Report:
     Report
         A tuple of rows ``(name, kind, fused, residual, activation, reason)``, in the order of
         ``named_modules``, which prints as a table. A batch norm that is called in several ways has
-        several rows. Calls of ``F.batch_norm``, which stay as they are, have one row for each
-        forward.
+        several rows. A call of ``F.batch_norm`` has the name of the module whose forward it is in.
 
     Raises
     ------
@@ -438,12 +467,14 @@ def explain(model: nn.Module) -> Report:
         kind = type(module).__name__
         if isinstance(module, _BatchNorm):
             reason = closed or _left_alone(module)
-            told = [(False, None, reason)] if reason else studies.of(name, module)
             ours = isinstance(module, modules.Extended)
-            rows += (Row(name, kind, ours, *each) for each in told)
-        elif count := studies.functions(name):
-            reason = f"a function, called {count} times; only modules are fused"
-            rows.append(Row(name, "F.batch_norm", False, False, None, reason))
+            if not reason:
+                rows += (Row(name, kind, ours, *told) for told in studies.of(name, module))
+            elif not studies.functions(name):
+                rows.append(Row(name, kind, False, False, None, reason))
+        planned = isinstance(module, _Planned)
+        functions = studies.functions(name)
+        rows += (Row(name, "F.batch_norm", planned, *told) for told in functions)
     return Report(rows)
 
 
@@ -453,13 +484,17 @@ class _Studies:
     def __init__(self, model: nn.Module) -> None:
         self.studies: dict[str, tuple[nn.Module, Study]] = {}
         for name, module, closed in _walk(model):
-            home = type(module).__module__
-            if not closed and (_is_candidate(module) or not home.startswith(_LIBRARIES)):
+            if not closed and _is_candidate(module):
                 self.studies[name] = module, _study(module)
 
-    def functions(self, name: str) -> int:
-        """Return how often a forward calls F.batch_norm."""
-        return max(self.studies[name][1].functions, default=0) if name in self.studies else 0
+    def functions(self, name: str) -> list[tuple[bool, str | None, str]]:
+        """Return residual, activation and reason for the calls of F.batch_norm in a forward."""
+        if name not in self.studies:
+            return []
+        parent, study = self.studies[name]
+        ours = isinstance(parent, _Planned)
+        calls = [call for call in study.calls if call.norm is None]
+        return list(dict.fromkeys(_told(call, ours, name, parent, study) for call in calls))
 
     def of(self, name: str, norm: nn.Module) -> list[tuple[bool, str | None, str]]:
         """Return residual, activation and reason for each kind of call of a batch norm."""
@@ -473,16 +508,15 @@ class _Studies:
         return list(dict.fromkeys(more or found)) or [(False, None, self._unseen(name))]
 
     def _unseen(self, name: str) -> str:
-        """Say why no graph has a call of a batch norm."""
+        """Say why no graph has a call of a batch norm; it may be the model."""
+        if not name:
+            return ""
         while name:
             name = name.rpartition(".")[0]
             if name in self.studies and (refusals := self.studies[name][1].refusals):
                 reasons = " / ".join(dict.fromkeys(refusals.values()))
                 return f"{_forward_of(name)} cannot be traced: {reasons}"
         return "no forward that was traced calls it"
-
-
-_LIBRARIES = ("torch.nn.", "fusebn.")
 
 
 def _told(
@@ -493,11 +527,19 @@ def _told(
     folds = Row("", "", True, *call[1:])
     if not (call.residual or call.activation):
         return False, None, call.reason
-    if any(plan.terms.hold() for plan in vars(parent).get(_PLANS, ())):
+    if _has_plan(parent):
         return call.residual, call.activation, "; ".join([*filter(None, [call.reason]), *partly])
     if ours and isinstance(parent, _Planned):
         return False, None, f"{_forward_of(name)} met other attributes or children: fuse again"
     return False, None, f"fuse would fold {_with(folds)} into it"
+
+
+def _has_plan(module: nn.Module) -> bool:
+    for training in (True, False):
+        with _in_mode(module, training):
+            if any(plan.terms.hold() for plan in vars(module).get(_PLANS, ())):
+                return True
+    return False
 
 
 def _forward_of(name: str) -> str:
@@ -508,10 +550,10 @@ def _left_alone(norm: nn.Module) -> str:
     """Say why a batch norm that is not ours stays what it is, or ""."""
     if "forward" in vars(norm):
         return "forward is an attribute of the module itself"
+    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
+        return "it has no channels yet: call the model once, then fuse"
     if _is_norm(norm):
         return ""
     if isinstance(norm, nn.SyncBatchNorm):
         return "use fusebn.torch.convert_sync_batchnorm, then fuse"
-    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-        return "it has no channels yet: call the model once, then fuse"
     return "its class is not PyTorch's own"

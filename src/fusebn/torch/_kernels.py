@@ -7,7 +7,7 @@ the type of the statistics, weights have the rank of x and length 1 for the chan
 
 import math
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ def empty_like(x: Tensor) -> Tensor:
         return torch.empty_like(x)
     strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
     bytes = torch.from_numpy(_core.empty(size))
-    return bytes.view(x.dtype).as_strided(x.shape, strides)
+    # Detached: autograd lets nobody change in place what a Function returned as a view.
+    return bytes.view(x.dtype).as_strided(x.shape, strides).detach()
 
 
 def beside(y: Tensor, x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def positions(operation: str, y: Tensor, weights: Tensor) -> Tensor:
         if not (least >= 0 and most < math.inf):
             got = f"{least if least < 0 else most}"
             _spec.fail(ValueError, operation, "weights", "be finite and not negative", got)
-    order = sorted(range(y.ndim), key=lambda i: -y.stride(i))
+    order = sorted(range(y.ndim), key=y.stride, reverse=True)
     return weights.permute(order).contiguous()
 
 
@@ -127,15 +128,53 @@ def forward(
         batch,
     )
     if count < 0:
-        assert variance is not None
-        got = f"{variance.min().item()}"
-        _spec.fail(ValueError, "batch_norm", "variance", "not be negative", got)
+        _negative(variance)
     return y, count
 
 
 def _spread(y: Tensor, weights: Tensor, axis: int) -> Tensor:
     shape = [1 if i == axis else n for i, n in enumerate(y.shape)]
     return positions("batch_norm", y, weights.expand(shape))
+
+
+def forward_of_plain(
+    x: Tensor,
+    y: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+    batch: Any,
+) -> bool:
+    """Do what `forward` does, and check in the same call that these are plain vectors and alike.
+
+    Returns False, and has done nothing, if they are not. In training mean and variance are
+    overwritten by what they are mixed into.
+    """
+    if _EXCHANGE_API is None:
+        return False
+    training, axis, epsilon, correction, factor, activation = options
+    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
+        follow_threads()
+    count = _core.forward_of_tensors(
+        _EXCHANGE_API, x, y, axis, training, mean, variance, scale, offset, residual,
+        ACTIVATIONS[activation], epsilon, correction, factor, batch,
+    )  # fmt: skip
+    if count is not None and count < 0:
+        _negative(variance)
+    return count is not None
+
+
+# PyTorch has it from 2.10 on.
+_EXCHANGE_API: object = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
+
+def _negative(variance: Tensor | None) -> NoReturn:
+    assert variance is not None
+    got = f"{variance.min().item()}"
+    _spec.fail(ValueError, "batch_norm", "variance", "not be negative", got)
 
 
 def gradient(
@@ -158,14 +197,17 @@ def gradient(
     """Return dx; fill what is given to be filled, dresidual a tensor that lies as x does."""
     training, axis, epsilon, correction, factor, activation = options
     dx = empty_like(x)
-    dy = beside(dx, dy)
-    if not x.is_contiguous():
+    in_order = x.is_contiguous()
+    if not (in_order and dy.is_contiguous()):
+        dy = beside(dx, dy)
+    if not in_order:
         x = beside(dx, x)
     if residual is not None:
         residual = beside(dx, residual)
     if weights is not None:
         weights = _spread(dx, weights, axis)
-    follow_threads()
+    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
+        follow_threads()
     _core.gradient(
         ELEMENTS[x.dtype],
         *block(dx, axis),
@@ -174,22 +216,22 @@ def gradient(
         training,
         batch[0],
         batch[1],
-        address(weights),
-        address(scale),
-        address(offset),
-        address(residual),
+        None if weights is None else weights.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         ACTIVATIONS[activation],
         epsilon,
-        address(dmean),
-        address(dvariance),
+        None if dmean is None else dmean.data_ptr(),
+        None if dvariance is None else dvariance.data_ptr(),
         correction,
         factor,
         dx.data_ptr(),
-        address(dresidual),
-        address(dscale),
-        address(doffset),
-        address(dgiven_mean),
-        address(dgiven_variance),
+        None if dresidual is None else dresidual.data_ptr(),
+        None if dscale is None else dscale.data_ptr(),
+        None if doffset is None else doffset.data_ptr(),
+        None if dgiven_mean is None else dgiven_mean.data_ptr(),
+        None if dgiven_variance is None else dgiven_variance.data_ptr(),
     )
     return dx
 
@@ -205,7 +247,7 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
         ELEMENTS[x.dtype],
         *block(y, axis),
         y.data_ptr(),
-        address(weights),
+        None if weights is None else weights.data_ptr(),
         mean.data_ptr(),
         m2.data_ptr(),
     )

@@ -8,7 +8,7 @@ gradients, are PyTorch's of the composite in `_portable`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ for _schema in (
 # ---- what they compute ----
 
 
-def _in_line(*vectors: Tensor | None) -> Iterator[Tensor | None]:
+def _in_line(*vectors: Tensor | None) -> Any:
     return (None if vector is None else vector.contiguous() for vector in vectors)
 
 
@@ -63,10 +63,11 @@ def _batch_norm_kernel(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     returned, batch, count = _statistics_of(x, options["axis"])
-    vectors = _in_line(scale, offset, mean, variance)
+    scale, offset, mean, variance = _in_line(scale, offset, mean, variance)
     y, total = _kernels.forward(
-        x, *vectors, residual, weights, Options(**options), *returned, batch.numpy()
-    )
+        x, scale, offset, mean, variance, residual, weights, Options(**options),
+        returned[0], returned[1], batch.numpy(),
+    )  # fmt: skip
     return y, *returned, batch, count.fill_(total)
 
 
@@ -102,11 +103,14 @@ def _backward_kernel(
     vectors = _gradients_like(x, scale, offset, mean, variance)
     wanted = [vector if vector.numel() else None for vector in vectors]
     dresidual = x.new_empty(0) if residual is None else _kernels.empty_like(x)
+    dmean, dvariance, scale, offset = _in_line(dmean, dvariance, scale, offset)
     dx = _kernels.gradient(
         dy,
-        *_in_line(dmean, dvariance),
+        dmean,
+        dvariance,
         x,
-        *_in_line(scale, offset),
+        scale,
+        offset,
         residual,
         weights,
         batch.numpy(),
@@ -219,10 +223,12 @@ def _second(ctx: Any, *flowing: Tensor | None) -> tuple[Tensor | None, ...]:
 
     def first(*values: Tensor) -> tuple[Tensor, ...]:
         now = {**given, **dict(zip(variables, values, strict=True))}
-        into = [now.pop(name) for name in ("dy", "dmean", "dvariance")]
-        return _portable.gradient(*into, now, options, sources)
+        dy, dmean, dvariance = (now.pop(name) for name in ("dy", "dmean", "dvariance"))
+        return _portable.gradient(dy, dmean, dvariance, now, options, sources)
 
-    found, back = torch.func.vjp(first, *(given[name] for name in variables))
+    found, back = torch.func.vjp(  # type: ignore[misc]
+        first, *(given[name] for name in variables)
+    )
     by_name = dict(zip(_SOURCES, flowing, strict=True))
     cotangents = tuple(
         torch.zeros_like(value) if by_name[name] is None else by_name[name]
@@ -271,10 +277,40 @@ def _first_of_moments(
         if weights is not None:
             dx = torch.where(weights > 0, dx * weights, 0).to(x.dtype)
     if weights is not None and ctx.needs_input_grad[1]:
-        _, back = torch.func.vjp(lambda w: _portable.moments(x, ctx.axes, w), weights)
+        _, back = torch.func.vjp(  # type: ignore[misc]
+            lambda w: _portable.moments(x, ctx.axes, w), weights
+        )
         dcount = torch.zeros_like(count) if dcount is None else dcount
         (dweights,) = back((dcount, dmean, dm2))
     return dx, dweights
+
+
+# ---- the composites ----
+
+
+def _composite(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
+    return _portable.batch_norm(*tensors, Options(**options))  # type: ignore[call-arg, arg-type]
+
+
+def _composite_backward(
+    dy: Tensor,
+    dmean: Tensor | None,
+    dvariance: Tensor | None,
+    batch: Tensor,
+    *tensors: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    x = tensors[0]
+    assert x is not None
+    given = dict(zip(NAMES, tensors, strict=True))
+    sources = [name for name in _SOURCES if given[name] is not None]
+    found = _portable.gradient(dy, dmean, dvariance, given, Options(**options), sources)
+    by_name = dict(zip(sources, found, strict=True))
+    return tuple(by_name.get(name, x.new_empty(0)) for name in _SOURCES)
+
+
+def _composite_moments(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tuple[Tensor, ...]:
+    return _portable.moments(x, axes, weights)
 
 
 # ---- vmap ----
@@ -348,9 +384,13 @@ def _moments_rule(op: Any, size: int, in_dims: Any, tensors: Any, options: Any) 
 
 # ---- the ops ----
 
-batch_norm = Op("batch_norm", _save, _first, _folding(NAMES, BatchNorm._fields), _library)
+batch_norm = Op(
+    "batch_norm", _save, _first, _composite, _folding(NAMES, BatchNorm._fields), _library
+)
 batch_norm_backward = Op(
-    "batch_norm_backward", _save_backward, _second, _folding(_BACKWARD_NAMES, Gradient._fields),
-    _library,
+    "batch_norm_backward", _save_backward, _second, _composite_backward,
+    _folding(_BACKWARD_NAMES, Gradient._fields), _library,
 )  # fmt: skip
-moments = Op("moments", _save_moments, _first_of_moments, _moments_rule, _library)
+moments = Op(
+    "moments", _save_moments, _first_of_moments, _composite_moments, _moments_rule, _library
+)

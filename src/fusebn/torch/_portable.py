@@ -33,7 +33,7 @@ class Options(NamedTuple):
 class Moments(NamedTuple):
     """Statistics over some axes, all in float64."""
 
-    count: Tensor  # sum of the weights
+    count: Tensor  # type: ignore[assignment]  # sum of the weights
     mean: Tensor
     m2: Tensor  # sum of weight * (x - mean)^2
 
@@ -45,7 +45,7 @@ class BatchNorm(NamedTuple):
     mean: Tensor
     variance: Tensor
     batch: Tensor  # the mean and biased variance that normalized x, in float64: [2, channels]
-    count: Tensor  # sum of the weights, in float64; 0 outside training
+    count: Tensor  # type: ignore[assignment]  # of the weights, in float64; 0 outside training
 
 
 class Gradient(NamedTuple):
@@ -73,12 +73,17 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def total(x: Tensor, axes: list[int] | tuple[int, ...], keepdim: bool = False) -> Tensor:
+    """Return the sum over axes; over none of them it is x, where PyTorch would take all."""
+    return x.sum(axes, keepdim=keepdim) if axes else x
+
+
 def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return count, mean and m2 over `axes`, in float64; weights broadcast, and are 1 if None."""
     x = _wide(x)
     if weights is None:
         w = x.new_ones(())
-        count = x.new_full((), math.prod(x.shape[axis] for axis in axes), dtype=torch.float64)
+        count = x.new_full((), math.prod([x.shape[axis] for axis in axes]), dtype=torch.float64)
     else:
         # One for each position: all of them count.
         weights = weights.expand([n if i in axes else 1 for i, n in enumerate(x.shape)])
@@ -88,12 +93,12 @@ def moments(x: Tensor, axes: list[int], weights: Tensor | None) -> tuple[Tensor,
     n = torch.where(count > 0, count, 1).to(x.dtype)
 
     def mean_of(values: Tensor) -> Tensor:
-        return (w * values).sum(axes, keepdim=True) / n
+        return total(w * values, axes, keepdim=True) / n
 
     high = mean_of(x)
     low = mean_of(x - high)
-    m2 = (w * (x - high - low).square()).sum(axes).double()
-    mean = (high.double() + low.double()).squeeze(axes)
+    m2 = total(w * (x - high - low).square(), axes).double()
+    mean = (high.double() + low.double()).squeeze(tuple(axes))
     return count, torch.where(mean.isfinite(), mean, math.nan), m2
 
 
@@ -143,8 +148,9 @@ def batch_norm(
         if given is not None and factor != 1:
             returned = torch.where(counted, (1 - factor) * given + factor * returned, given)
         # A batch of count 0 is normalized as if its variance were infinite: x is forgotten.
-        forgotten = batch.new_tensor([[0.0], [math.inf]])
-        used = torch.where(counted, batch, forgotten)
+        used = torch.stack(
+            [torch.where(counted, batch[0], 0), torch.where(counted, batch[1], math.inf)]
+        )
     else:
         assert given is not None
         count = given.new_zeros(())
@@ -180,11 +186,14 @@ def gradient(
 
     def outputs(*values: Tensor) -> tuple[Tensor, ...]:
         result = batch_norm(
-            **{**tensors, **dict(zip(sources, values, strict=True))}, options=options
+            **{**tensors, **dict(zip(sources, values, strict=True))},  # type: ignore[arg-type]
+            options=options,
         )
         return result[:3]
 
-    found, back = torch.func.vjp(outputs, *(tensors[name] for name in sources))
+    found, back = torch.func.vjp(  # type: ignore[misc]
+        outputs, *(tensors[name] for name in sources)
+    )
     cotangents = tuple(
         torch.zeros_like(value) if given is None else given
         for value, given in zip(found, (dy, dmean, dvariance), strict=True)

@@ -2,8 +2,8 @@
 
 `torch.fx` runs forward once, with stand-ins for the tensors, and records what is done to them. The
 record is forward only as long as the Python around the tensors would do the same again. So this
-writes down what that Python read (`Terms`), and refuses a forward whose
-Python reads what may change unseen, changes something, or draws random numbers.
+writes down what that Python read (`Terms`), and refuses a forward whose Python reads what may
+change unseen, changes something, or draws random numbers.
 
 The children of the module are called and not looked into, but for those that are to be opened.
 """
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
     inputs: tuple[tuple[type, ...], ...]  # types of the arguments; the rest have their defaults
     read: tuple[tuple[Any, str, Any], ...]  # (object, attribute, value)
-    children: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]  # of these, in order
+    parts: tuple[tuple[nn.Module, tuple[Any, ...]], ...]  # of these modules, in order
     opened: tuple[nn.Module, ...]  # what they do is in the graph, but not their hooks
 
     def fit(self, arguments: tuple[Any, ...]) -> bool:
@@ -49,16 +49,22 @@ class Terms(NamedTuple):
 
     def hold(self) -> bool:
         """Say whether all that the trace met is as it was."""
-        _, read, children, opened = self
+        _, read, parts, opened = self
         return (
             all(_is_same(getattr(holder, name, None), value) for holder, name, value in read)
-            and all(tuple(each._modules.values()) == then for each, then in children)
+            and all(_parts_of(each) == then for each, then in parts)
             and not any(map(is_watched, opened))
         )
 
 
 def _is_same(now: Any, then: Any) -> bool:
     return now is then or (type(now) is type(then) and bool(now == then))
+
+
+def _parts_of(module: nn.Module) -> tuple[Any, ...]:
+    """Return the children of a module, and which of its parameters and buffers are None."""
+    tensors = *module._parameters.values(), *module._buffers.values()
+    return *module._modules.values(), *(tensor is None for tensor in tensors)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -129,9 +135,9 @@ def _trace(module: nn.Module, opened: tuple[nn.Module, ...], kind: type) -> Trac
     forward = inspect.unwrap(type(module).forward)
     names = _globals_named(forward)
     for name in sorted(names & forward.__globals__.keys()):
-        value = forward.__globals__[name]
-        if not isinstance(value, _FUNCTIONS):
-            _note(read, sys.modules[forward.__module__], name, value)
+        _note(read, sys.modules[forward.__module__], name, forward.__globals__[name])
+    for name, value in inspect.getclosurevars(forward).nonlocals.items():
+        _note({}, forward, name, value)
     with _watching(module, read):
         graph = tracer.trace(module)
     # Where nobody asks, the graph does to a list what forward does to it.
@@ -146,14 +152,14 @@ def _trace(module: nn.Module, opened: tuple[nn.Module, ...], kind: type) -> Trac
 
 
 def _containers(module: nn.Module, graph: fx.Graph) -> Any:
-    """Return whose children the graph calls or reads, and those children."""
+    """Return whose children or tensors the graph calls or reads, and those."""
     paths = {""} | {name for name, child in module.named_children() if type(child) in _LISTS}
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             parts = node.target.split(".")
             paths |= {".".join(parts[:i]) for i in range(len(parts))}
     found = [module.get_submodule(path) for path in sorted(paths)]
-    return tuple((each, tuple(each._modules.values())) for each in found)
+    return tuple((each, _parts_of(each)) for each in found)
 
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -177,9 +183,10 @@ def _in_place(name: str) -> Callable[[Any, Any], Any]:
     )
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"):
-    setattr(_Value, f"__{_name}__", _in_place(_name))
-for _name in ("iand", "ior", "ixor", "ilshift", "irshift"):
+for _name in (
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+):
     setattr(_Value, f"__{_name}__", _in_place(_name))
 
 
@@ -246,8 +253,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
     def getattribute(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        own = name not in _INTERNAL and name in object.__getattribute__(module, "__dict__")
-        if own and threading.get_ident() == thread:
+        if name not in _INTERNAL and threading.get_ident() == thread:
             _note(read, module, name, value)
         return value
 
@@ -258,6 +264,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if type(value) is _Input:
+            assert isinstance(value.tracer, _Tracer)
             value.tracer.asked.add(value.node.name)
             return issubclass(value.tracer.kind, kinds)
         if issubclass(type(value), fx.Proxy):
@@ -271,7 +278,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
             if "isinstance" not in vars(home):
                 home.isinstance = is_instance  # type: ignore[attr-defined]
                 undo.callback(delattr, home, "isinstance")
-        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = getattribute  # type: ignore[method-assign, assignment]
         undo.callback(delattr, nn.Module, "__getattribute__")
         nn.Module.__setattr__ = setattribute  # type: ignore[method-assign, assignment]
         undo.callback(setattr, nn.Module, "__setattr__", original)
@@ -279,7 +286,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 
 
 # What every module has, and fx and PyTorch read all the time; but for the mode.
-_INTERNAL = frozenset(vars(nn.Module())) - {"training"} | {"_fused", "_by_fuse", "forward"}
+_INTERNAL = {*dir(nn.Module()), "_fused", "_by_fuse"} - {"training"}
 
 _OWN = ("fusebn.torch._fuse", __name__)
 
@@ -306,6 +313,10 @@ _CONSTANTS = (
 
 
 def _note(read: dict[tuple[int, str], Any], holder: Any, name: str, value: Any) -> None:
+    """Note a value that was read, but for methods, functions of a file, and what fx handed out."""
+    own = isinstance(holder, nn.Module) and name in vars(holder)
+    if not own and isinstance(value, (*_FUNCTIONS, nn.Module, fx.Proxy)):
+        return
     if not _is_constant(value):
         kind = type(value).__name__
         raise Refusal(f"it reads {name!r}, a {kind}, whose changes could not be seen")
@@ -313,10 +324,10 @@ def _note(read: dict[tuple[int, str], Any], holder: Any, name: str, value: Any) 
 
 
 def _is_constant(value: Any) -> bool:
-    """Say whether a value is what it is for good; a function or a module is taken to be."""
+    """Say whether a value is what it is for good, or is compared by identity."""
     if type(value) in (tuple, frozenset):
         return all(map(_is_constant, value))
-    return isinstance(value, _CONSTANTS + _FUNCTIONS)
+    return isinstance(value, (*_CONSTANTS, *_FUNCTIONS, nn.Module))
 
 
 def _globals_named(function: Any) -> set[str]:

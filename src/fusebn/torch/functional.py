@@ -237,7 +237,7 @@ def _vector(name: str, value: Tensor | None, input: Tensor, channels: int) -> Te
 def _check_vector(name: str, value: Tensor | None, input: Tensor, channels: int) -> None:
     if value is None:
         return
-    if value.numel() != channels:
+    if not torch._C._get_tracing_state() and value.numel() != channels:
         raise RuntimeError(f"{name} should contain {channels} elements not {value.numel()}")
     if value.dtype not in (input.dtype, stat_type(input)):
         expected = "Double" if input.dtype is torch.float64 else "Float"

@@ -109,10 +109,10 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
     # ---- the type of the statistics ----
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = [self._buffers[name] for name in _RUNNING]
+        before = [self._buffers.get(name) for name in _RUNNING]
         super()._apply(fn, recurse)
         for name, old in zip(_RUNNING, before, strict=True):
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if new is not None and old is not None and _is_half(new):
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
@@ -151,8 +151,11 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             One non-negative real for each position, in the shape of `input` without the channels:
             see :func:`fusebn.torch.batch_norm`.
         """
+        if _is_symbol(input):
+            node: Tensor = self._node(input, residual, activation, weights)
+            return node
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
+        mean, var, tracked = self._statistics()
         if self._frozen or not self.training:
             training, updates = mean is None and var is None, False
         else:
@@ -161,8 +164,36 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
                 mean = var = None
         chosen = self.activation if activation is ... else activation
         if updates:
-            return self._update(input, mean, var, residual, chosen, weights)
+            if is_recomputation():  # the same steps again, and nothing comes of them
+                mean, var, tracked = _copies(mean, var, tracked)
+            return self._update(input, mean, var, tracked, residual, chosen, weights)
         return self._normalize(input, mean, var, training, 0.0, residual, chosen, weights)
+
+    # A Module finds its tensors by __getattr__, which on a small input is a fifth of the time. They
+    # are not where they should be when parametrized or wrapped.
+
+    def _statistics(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        own = self._buffers
+        try:
+            return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        except KeyError:
+            return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        own = self._parameters
+        try:
+            return own["weight"], own["bias"]
+        except KeyError:
+            return self.weight, self.bias
+
+    def _node(self, input: Any, residual: Any, activation: Any, weights: Any) -> Any:
+        """Stay one node where torch.fx traces, as PyTorch's own modules do."""
+        tensors = (input,) if residual is None else (input, residual)
+        given = {} if activation is ... else {"activation": activation}
+        if weights is not None:
+            given["weights"] = weights
+        tracer = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, given)
 
     def _normalize(
         self,
@@ -175,12 +206,13 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         activation: str | None,
         weights: Tensor | None,
     ) -> Tensor:
+        weight, bias = self._affine()
         return batch_norm(
             input,
             mean,
             var,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             training,
             factor,
             self.eps,
@@ -196,34 +228,37 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         input: Tensor,
         mean: Tensor | None,
         var: Tensor | None,
+        tracked: Tensor | None,
         residual: Tensor | None,
         activation: str | None,
         weights: Tensor | None,
     ) -> Tensor:
         """Normalize by the batch, and move the running statistics towards it."""
-        recomputes, tracked = is_recomputation(), self.num_batches_tracked
         factor = 1.0 if self.momentum is None else self.momentum
-        plain = self.nonfinite == "propagate" and self.momentum is not None and not recomputes
-        if mean is None or var is None or plain:
+        plain = self.nonfinite == "propagate" and self.momentum is not None
+        if plain or mean is None or var is None:
             y = self._normalize(input, mean, var, True, factor, residual, activation, weights)
         else:
             new = mean.clone(), var.clone()
             y = self._normalize(input, *new, True, factor, residual, activation, weights)
-            # The same steps again, as checkpointing demands, and nothing comes of them.
-            if recomputes:
-                return y
-            self._take(mean, var, *new)
+            self._take(mean, var, tracked, *new)
         # Counted only now: nothing has failed.
         if tracked is not None:
             tracked.add_(1)
         return y
 
     @torch.no_grad()
-    def _take(self, mean: Tensor, var: Tensor, new_mean: Tensor, new_var: Tensor) -> None:
+    def _take(
+        self,
+        mean: Tensor,
+        var: Tensor,
+        tracked: Tensor | None,
+        new_mean: Tensor,
+        new_var: Tensor,
+    ) -> None:
         """Take over new statistics: into the cumulative average, and if they are finite."""
         if self.momentum is None:
             # By a tensor, for which no compiler has to wait. Without a count PyTorch never moves.
-            tracked = self.num_batches_tracked
             share = mean.new_zeros(()) if tracked is None else 1 / (tracked + 1).to(mean.dtype)
             new_mean, new_var = mean.lerp(new_mean, share), var.lerp(new_var, share)
         if self.nonfinite != "propagate":
@@ -241,6 +276,16 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         expected = 'hold finite values (nonfinite="raise")'
         name, got = type(self).__name__, f"NaN or Inf in channels {shown}"
         _spec.fail(ValueError, name, "input", expected, got, fix)
+
+
+def _is_symbol(input: Any) -> bool:
+    return isinstance(input, torch.fx.Proxy)
+
+
+def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Copy tensors unseen by modes: selective checkpointing counts the ops of both forwards."""
+    with torch._C._DisableTorchDispatch():
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
 
 
 def _is_half(tensor: Tensor) -> bool:
@@ -336,6 +381,8 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
     -----
     The state_dict is PyTorch's, key by key, and loads either way; what is not in PyTorch's module
     is not in it. A forward that activation checkpointing repeats within a backward updates nothing.
+    ``torch.compile``, ``torch.export`` and ``torch.fx`` take the modules, ``torch.jit.script`` does
+    not.
 
     As ``torch.nn.BatchNorm2d``; the arguments from `activation` on are ours:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html

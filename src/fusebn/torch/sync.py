@@ -51,8 +51,10 @@ class SyncBatchNorm(Extended):
     Notes
     -----
     Every process of the group must come to each forward, and to each backward of its input, in the
-    same order. On the CPU the kernels are ours, with gloo or any other backend. On other devices
-    the parts between the collectives are PyTorch's own ops; that has not been run on a GPU yet.
+    same order, and have the same number of channels. On the CPU the kernels are ours, with gloo or
+    any other backend. On other devices the parts between the collectives are PyTorch's own ops;
+    that has not been run on a GPU yet. ``torch.compile`` leaves it between two graphs.
+
     This is no subclass of PyTorch's, which ``DistributedDataParallel`` refuses on a CPU.
 
     As ``torch.nn.SyncBatchNorm``:
@@ -132,8 +134,8 @@ class SyncBatchNorm(Extended):
             weights = _arguments.position_weights(_NAME, "weights", weights, input, {axis})
         stat = _arguments.stat_type(input)
         scale, offset = (
-            _arguments.vector(_NAME, name, getattr(self, name), input, axis, stat)
-            for name in ("weight", "bias")
+            _arguments.vector(_NAME, name, value, input, axis, stat)
+            for name, value in zip(("weight", "bias"), self._affine(), strict=True)
         )
         options = Options(True, axis, self.eps, self.correction, 1.0, chosen)
         y, moments = _synchronized.batch_norm(
@@ -193,7 +195,8 @@ def convert_sync_batchnorm(module: M, process_group: Any = None) -> Any:
 
     Notes
     -----
-    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``.
+    As ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``; but that one does not know of activations
+    and other extras, and drops them in silence.
 
     Examples
     --------

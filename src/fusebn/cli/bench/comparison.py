@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import click
@@ -62,6 +63,9 @@ def run(
 ) -> Iterator[StepResults]:
     """Yield what was found about each suite."""
     for suite, plan in plans:
+        if plan.deadline is not None and perf_counter() > plan.deadline:
+            console.print(f"\nNo time was left for {suite.title}: --part {suite.part}")
+            continue
         crews = _crews(suite, quick)
         with started([(suite.peer, memory) for memory, _ in crews]) as workers:
             with console.status(f"importing {suite.framework}"):
@@ -85,9 +89,9 @@ def run(
 def _crews(suite: Suite, quick: bool) -> list[tuple[str, tuple[Step, ...]]]:
     """Return the kind of memory and the steps of each process."""
     steps = [step for step in suite.steps.values() if not (quick and step.slow)]
-    crews = []
+    crews: list[tuple[str, tuple[Step, ...]]] = []
     for memory in reversed(memories()):  # fresh ones first: who comes first is the yardstick
-        if memory not in suite.memories:
+        if memory not in suite.memories or (quick and suite.apart and memory != "fresh"):
             continue
         mine = tuple(step for step in steps if memory == "fresh" or not step.slow)
         crews += [(memory, (step,)) for step in mine] if suite.apart else [(memory, mine)]

@@ -11,10 +11,14 @@ the loss, between any two kernels, and nothing could be compared.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import torch
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
+
 EXPANSION = 4  # a bottleneck's output over its width
-BLOCKS = (3, 4, 6, 3)
 
 
 class Bottleneck(nn.Module):
@@ -46,6 +50,12 @@ class Bottleneck(nn.Module):
         return y
 
 
+def stage(channels: int, width: int, count: int, stride: int = 2) -> nn.Sequential:
+    """Return blocks of one width; the first takes so many channels, and every stride-th pixel."""
+    first = Bottleneck(channels, width, stride)
+    return nn.Sequential(first, *(Bottleneck(EXPANSION * width, width) for _ in range(count - 1)))
+
+
 class ResNet50(nn.Module):
     """The network: images [N, 3, H, W] to logits."""
 
@@ -55,15 +65,12 @@ class ResNet50(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        channels = 64
-        for stage, count in enumerate(BLOCKS):
-            width, blocks = 64 << stage, []
-            for block in range(count):
-                blocks.append(Bottleneck(channels, width, 2 if stage and not block else 1))
-                channels = EXPANSION * width
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.layer1 = stage(64, 64, 3, 1)
+        self.layer2 = stage(256, 128, 4)
+        self.layer3 = stage(512, 256, 6)
+        self.layer4 = stage(1024, 512, 3)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
+        self.fc = nn.Linear(2048, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -76,3 +83,8 @@ class ResNet50(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits
+
+
+def channels_last(model: M) -> M:
+    """Return the model with its weights in the order that convolutions on a CPU like best."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]

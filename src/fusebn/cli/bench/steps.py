@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from fusebn.cli.bench.answers import Agreement, Answer, Truth, Wrong
-from fusebn.cli.bench.cases import VERBS, Case, data_of
+from fusebn.cli.bench.cases import VERBS, Array, Case, data_of
 from fusebn.cli.bench.results import SCHEMA, Spread, mean
 from fusebn.cli.bench.runner import Key, Plan, Turn, ratio, take_turns
 from fusebn.cli.bench.suites import Step, Suite
@@ -120,7 +120,8 @@ class _Measurement:
         self._truth = Truth(case, data_of(case)) if suite.oracle else Agreement(case)
         self._record = StepRecord(case.shape, case.layout, case.dtype)
         self._turns: dict[Key, Turn] = {}
-        self._besides: dict[Key, Answer] = {}
+        self._peaks: dict[Key, Array | None] = {}
+        self._losses: dict[Key, Array | None] = {}
 
     def record(self, crews: list[Crew], rounds: int) -> StepRecord:
         """Return what was found."""
@@ -156,7 +157,7 @@ class _Measurement:
             return
         key = step.name, worker.memory
         self._turns[key] = lambda count: worker.turn(step, count) / step.calls
-        self._besides[key] = {"losses": answer.get("losses"), "peak": peak}
+        self._peaks[key], self._losses[key] = peak, answer.get("losses")
 
     def _check(self, step: Step, answer: Answer) -> None:
         if isinstance(self._truth, Agreement):
@@ -174,9 +175,8 @@ class _Measurement:
             ours = seconds.get((self._suite.steps[name].against, memory))
             over_ours = None if ours is None else ratio(values, ours)
             run = StepRun(name, memory, Spread.of(values), over_ours)
-            besides = self._besides[name, memory]
-            if (peak := besides["peak"]) is not None:
+            if (peak := self._peaks[name, memory]) is not None:
                 run.peak = float(peak[0])
-            if (losses := besides["losses"]) is not None:
+            if (losses := self._losses[name, memory]) is not None:
                 run.losses = losses.tolist()
             self._record.runs.append(run)

@@ -26,26 +26,34 @@ def line(suite: Suite, record: StepRecord) -> Text:
     if record.wrong:
         return text.append(f"WRONG: {record.wrong}", "bold red")
     ours = record.run(_first(suite), "fresh")
-    text.append(f"{_milliseconds(ours):>9} ms" if ours else f"{'-':>12}")
+    text.append(f"{_time(suite, ours):>9} {_UNITS[suite.tiny][1]}" if ours else f"{'-':>12}")
     for name in others(suite):
         run = record.run(name, "fresh")
-        text.append(f"{run.over_ours.median:9.2f}" if run and run.over_ours else f"{'-':>9}")
+        ratio = f"{run.over_ours.median:.2f}" if run and run.over_ours else "-"
+        text.append(f"{ratio:>{_width(name)}}")
     return text
 
 
 def heading(suite: Suite) -> Text:
     """Return what stands above the lines."""
-    names = "".join(f"{name:>9}" for name in others(suite))
+    names = "".join(f"{name:>{_width(name)}}" for name in others(suite))
     return Text(f"{'':<9}{'':>15} {'ch.':<6}{_first(suite).partition('-')[0]:>12}{names}", "dim")
+
+
+def _width(name: str) -> int:
+    """Return a column's: so wide that five of them fit 80 columns."""
+    return max(7, len(name) + 2)
 
 
 def _first(suite: Suite) -> str:
     return next(step.name for step in suite.steps.values() if step.ours)
 
 
-def _milliseconds(run: StepRun) -> str:
-    """Return a time in four digits, as no shorter one needs more."""
-    return f"{1e3 * run.seconds.median:.{3 if run.seconds.median > 1e-4 else 5}f}"
+_UNITS = {False: (1e3, "ms", "milliseconds"), True: (1e6, "µs", "microseconds")}
+
+
+def _time(suite: Suite, run: StepRun) -> str:
+    return f"{_UNITS[suite.tiny][0] * run.seconds.median:.3f}"
 
 
 def show(results: StepResults, console: Console) -> None:
@@ -98,20 +106,21 @@ def markdown(results: StepResults, option: str) -> str:
             + ["" if value is None else f"**{value:.2f}**" for value in ratios]
         )
     page += [*table_rows(cells), "", *_facts(results)]
-    page += ["", "## Each case: milliseconds, fresh (in brackets: warm)", ""]
+    brackets = " (in brackets: warm)" if "warm" in suite.memories else ""
+    page += ["", f"## Each case: {_UNITS[suite.tiny][2]}, fresh{brackets}", ""]
     cells = [["type", "channels", "shape", *(step.title for step in suite.steps.values())]]
     for record in results.records:
-        times = [_times(record, name) for name in suite.steps]
+        times = [_times(suite, record, name) for name in suite.steps]
         cells.append([record.dtype, LAYOUT[record.layout], record.shape, *times])
     return "\n".join([*page, *table_rows(cells)]) + "\n"
 
 
-def _times(record: StepRecord, step: str) -> str:
+def _times(suite: Suite, record: StepRecord, step: str) -> str:
     if record.wrong:
         return "wrong"
     fresh, warm = (record.run(step, memory) for memory in ("fresh", "warm"))
-    texts = [_milliseconds(run) if run else "-" for run in (fresh, warm)]
-    return f"{texts[0]} ({texts[1]})"
+    texts = [_time(suite, run) if run else "-" for run in (fresh, warm)]
+    return f"{texts[0]} ({texts[1]})" if "warm" in suite.memories else texts[0]
 
 
 def _facts(results: StepResults) -> Iterator[str]:

@@ -49,6 +49,11 @@ class Suite(NamedTuple):
     oracle: bool = True  # whether the oracle judges the answers; else the first of them does
 
     @property
+    def tiny(self) -> bool:
+        """Whether its times are those of calls and not of memory."""
+        return any(step.calls > 1 for step in self.steps.values())
+
+    @property
     def part(self) -> str:
         """What the suite is called among those of its framework."""
         return self.name.partition("-")[2]
@@ -100,11 +105,11 @@ TORCH_CALLS = Suite(
     "PyTorch",
     "torch_layers",
     _steps(
-        *_pair("F.train", "function, training", ("forward",), TINY_CALLS),
-        *_pair("F.eval", "function, inference", ("inference",), TINY_CALLS),
-        *_pair("M.train", "module, training", ("forward",), TINY_CALLS),
+        *_pair("call", "function, training", ("forward",), TINY_CALLS),
+        *_pair("eval", "function, inference", ("inference",), TINY_CALLS),
+        *_pair("M.call", "module, training", ("forward",), TINY_CALLS),
         *_pair("M.eval", "module, inference", ("inference",), TINY_CALLS),
-        *_pair("M.step", "module, forward and backward", BOTH, TINY_CALLS),
+        *_pair("step", "module, forward and backward", BOTH, TINY_CALLS),
     ),
     """\
 Microseconds of a call on a tensor so small that only the call is left. In
@@ -178,7 +183,7 @@ by that of the network after fusebn.torch.fuse with the same kind of memory.
 """
     + MEMORY_NOTE,
     ("16x224x224x3",),
-    ("4x96x96x3",),
+    ("4x64x64x3",),
     ("channels-last",),
     apart=True,
     oracle=False,

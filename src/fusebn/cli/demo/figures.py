@@ -141,10 +141,10 @@ def activations(first: First, images: Array) -> list[str]:
     with mpl.rc_context(_STYLE):
         for title, values in (("Before normalization", before), ("After normalization", after)):
             figure, axes = _blank(title, "channels, in the order of their moving means")
-            low, first, third, high = np.percentile(values, (5, 25, 75, 95), axis=0)
+            low, lower, upper, high = np.percentile(values, (5, 25, 75, 95), axis=0)
             mean, at = values.mean(axis=0), np.arange(len(some))
             axes.vlines(at, low, high, color=_SERIES[0], lw=1, alpha=0.5)
-            axes.vlines(at, first, third, color=_SERIES[0], lw=3.2)
+            axes.vlines(at, lower, upper, color=_SERIES[0], lw=3.2)
             axes.plot(at, mean, "o", color=_SERIES[1], ms=3.4)
             axes.set(xlim=(-1, len(some)), ylim=(-limit, limit), xticks=[])
             alt = (

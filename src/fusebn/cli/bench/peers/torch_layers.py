@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-import fusebn
 import fusebn.torch as fbt
 from fusebn.cli.bench.answers import Answer
 from fusebn.cli.bench.cases import EPSILON, Case, Data
@@ -26,10 +25,10 @@ class Layers:
     """The peer."""
 
     def __init__(self, threads: int) -> None:
-        self._peer = Torch(threads)  # makes tensors of arrays, and arrays of tensors
+        # It makes tensors of arrays, and arrays of tensors. Our threads follow PyTorch's.
+        self._peer = Torch(threads)
         self.version = self._peer.version
         torch.set_grad_enabled(True)
-        fusebn.set_num_threads(threads)
 
     def load(self, case: Case, data: Data) -> None:
         """See Peer."""
@@ -88,13 +87,13 @@ class _Norm:
     def call(self) -> Call:
         """Return what the step times."""
         match self._step.name.removeprefix("fusebn-"):
-            case "F.train" | "F.eval":
+            case "call" | "eval":
                 return self._functional()
-            case "forward" | "M.train" | "M.eval":
+            case "forward" | "M.call" | "M.eval":
                 return self._forward()
             case "backward":
                 return self._backward()
-            case "M.step":
+            case "step":
                 return self._both(self._forward())
             case _:
                 return self._both(self._chain(), self._peer.residual)

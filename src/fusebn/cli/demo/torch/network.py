@@ -89,7 +89,8 @@ class Network:
         self, seed: int, *, fused: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
         torch.manual_seed(seed)
-        model = Model().to(dtype=dtype, memory_format=torch.channels_last)
+        model = Model().to(dtype)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = fbt.fuse(model) if fused else model
         self._dtype = dtype
         # Not Adam: it scales every gradient to the size of its noise, the roundings too.
@@ -109,7 +110,7 @@ class Network:
         self.model.train()
         loss = nn.functional.cross_entropy(self.model(images.to(self._dtype)), labels)
         self._optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         return loss.item()
 
