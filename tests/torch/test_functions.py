@@ -285,6 +285,15 @@ def test_the_gradients_of_moments(rng: np.random.Generator, axes: Any, weighted:
     assert torch.autograd.gradgradcheck(both, inputs)
 
 
+def test_the_gradient_of_a_variance_far_from_0() -> None:
+    """Where float32 cannot hold the mean, the distance from it is still right."""
+    x = 1e6 + torch.tensor([[0.0], [0.0625], [0.125], [0.5]])
+    _, variance = fusebn.moments(x.requires_grad_(), 0)
+    (dx,) = torch.autograd.grad(variance.sum(), x)
+    wide = x.detach().double()
+    torch.testing.assert_close(dx, (2 / 4 * (wide - wide.mean())).float())
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 1), (4, 1, 1), (3, 2), (4, 3, 2), (1,)], ids=str)
 def test_weighted_moments(rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     x = frozen(rng.standard_normal((4, 3, 2)), cases.FLOAT32)

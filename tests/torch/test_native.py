@@ -66,6 +66,13 @@ def test_an_empty_batch_updates_nothing() -> None:
     assert mean.tolist() == variance.tolist() == [1, 1, 1]
 
 
+def test_one_value_a_channel(tensors: list[Tensor]) -> None:
+    x, offset = tensors[0][:1, :, 0], tensors[2]
+    given = (x, None, offset, None, None, None, None, Options(True, 1, 1e-3, 1.0, 1.0, "relu"))
+    close(_native.batch_norm(*given), (offset.relu()[None], x[0], torch.zeros_like(offset)))
+    close(_native.batch_norm(*given), _ops.batch_norm(*given))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_gradients(tensors: list[Tensor], training: bool) -> None:
     x, scale, offset, mean, variance, residual = tensors

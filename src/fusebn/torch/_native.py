@@ -1,6 +1,6 @@
 """The ops on devices for which there are no kernels here: PyTorch's own, one after the other.
 
-`torch.nn.functional.batch_norm` normalizes, then the residual is added, then the activation
+`torch.batch_norm` normalizes, then the residual is added, then the activation
 follows. What PyTorch's kernels cannot do, weights, is refused.
 """
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fusebn import _spec
 from fusebn.torch import _portable
@@ -90,7 +89,11 @@ def _normalized(
     if options.training:
         mean = variance = None
     front = x.movedim(options.axis, 1) if x.ndim > 1 else x.unsqueeze(0)
-    y = F.batch_norm(front, mean, variance, scale, offset, options.training, 0.0, options.epsilon)
+    # Not functional.batch_norm, which refuses one value a channel.
+    y = torch.batch_norm(
+        front, scale, offset, mean, variance, options.training, 0.0, options.epsilon,
+        torch.backends.cudnn.enabled,
+    )  # fmt: skip
     y = y.movedim(1, options.axis) if x.ndim > 1 else y.squeeze(0)
     return ACTIVATIONS[options.activation](y if residual is None else y + residual)
 
