@@ -384,9 +384,7 @@ def batch_norm_with_global_normalization(
 # ---- moving averages ----
 
 
-def assign_moving_average(
-    variable: Any, value: Any, decay: Any, zero_debias: Any = False
-) -> Any:
+def assign_moving_average(variable: Any, value: Any, decay: Any, zero_debias: Any = False) -> Any:
     """See :func:`fusebn.assign_moving_average`."""
     operation = "assign_moving_average"
     variable = tensor_of(operation, "variable", variable)
