@@ -164,6 +164,43 @@ def test_unfuse_leaves_ours_ours():
     assert ours.correction == 0
 
 
+def test_unfuse_leaves_what_is_frozen():
+    model = fbt.fuse(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.BatchNorm1d(4)))
+    model[0].freeze()
+    fbt.unfuse(model.train())(torch.randn(8, 4))
+    assert [type(model[i]) for i in (0, 2)] == [fbt.BatchNorm1d, nn.BatchNorm1d]
+    assert not model[0].running_mean.any()
+    assert model[2].running_mean.any()
+
+
+def test_arguments_by_keyword(monkeypatch):
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+            return F.relu(self.bn(x) + y) * scale
+
+    plain = Added().eval()
+    fused = fbt.fuse(copy.deepcopy(plain))
+    x, y = torch.randn(2, 8, 4)
+    for args, kwargs, folds in (
+        ((x,), {"y": y}, True),
+        ((), {"y": y, "x": x}, True),
+        ((x,), {"y": y, "scale": 2.0}, False),
+        ((x, y), {"scale": 1.0}, False),
+    ):
+        with counted(monkeypatch) as calls:
+            torch.testing.assert_close(fused(*args, **kwargs), plain(*args, **kwargs))
+        assert any(residual for residual, _ in calls) is folds
+    for model in (fused, plain):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'z'"):
+            model(x, z=y)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+            model(y=y)
+
+
 def test_fusing_twice_is_fusing_once(monkeypatch):
     fused, plain, x = pair("resnet, basic")
     classes = [type(module) for module in fused.modules()]
@@ -675,7 +712,8 @@ def test_a_batch_norm_and_a_block_used_twice():
     fused = fbt.fuse(copy.deepcopy(plain))
     assert_same_model(fused, plain, torch.randn(4, 3, 5, 5, dtype=torch.float64))
     rows = [(row.residual, row.activation) for row in fbt.explain(fused) if row.name == "bn"]
-    assert rows == [(False, "relu"), (True, None)]
+    # Of the two in the sum one is folded.
+    assert rows == [(False, "relu"), (True, None), (False, None)]
 
 
 # ---- copies ----
@@ -1054,7 +1092,10 @@ def test_forwards_that_are_left_alone():
         kind = type(model)
         assert type(fbt.fuse(model)) is kind
         assert only_row(model).reason == f"forward of the model cannot be traced: {reason}"
-        assert only_row(model).fused
+        row = only_row(model)
+        assert row.ours
+        assert not row.fused
+        assert "nothing" in str(fbt.explain(model))
 
 
 def test_ours_that_are_synchronized_or_lazy(monkeypatch):

@@ -61,8 +61,9 @@ def fuse(model: M) -> M:
     control flow depends on tensors, or if it sets attributes or ``no_grad``, draws random numbers
     in Python, or reads a list or an object whose changes could not be seen: :func:`explain` says
     which.
-    A rewritten forward is used for positional arguments, and while the attributes and children that
-    the trace met are what they were; otherwise the old one runs, so fuse again after such a change.
+    A rewritten forward is used where optional arguments have their defaults, and while the
+    attributes and children that the trace met are what they were; otherwise the old one runs, so
+    fuse again after such a change.
     Hooks are respected whenever they are added. Not seen is what a forward does outside of the
     module without a tensor, such as printing a word.
 
@@ -71,8 +72,9 @@ def fuse(model: M) -> M:
     Parameters
     ----------
     model : torch.nn.Module
-        Also a single batch norm. Fuse before ``torch.compile`` or ``torch.jit``; after
-        converting to ``SyncBatchNorm``; and while no other thread uses modules.
+        Also a single batch norm. Fuse before ``torch.compile`` or ``torch.jit.trace``
+        (``torch.jit.script`` knows PyTorch's own modules only: `unfuse` first); after converting
+        to ``SyncBatchNorm``; and while no other thread uses modules.
 
     Returns
     -------
@@ -113,7 +115,7 @@ def unfuse(model: M) -> M:
     """Undo :func:`fuse`; in place.
 
     Every class is again what it was. Parameters and running statistics stay what they have become,
-    and batch norms that were ours before stay ours.
+    and batch norms that were ours before, or are frozen, stay ours.
 
     Parameters
     ----------
@@ -141,7 +143,8 @@ def unfuse(model: M) -> M:
     for module in model.modules():
         if isinstance(module, _Planned):
             _restore(module)
-        if vars(module).pop(_CHANGED, False) and type(module) in _THEIRS:
+        changed = vars(module).pop(_CHANGED, False) and type(module) in _THEIRS
+        if changed and not module.frozen:  # which PyTorch's cannot be
             _become(module, _THEIRS[type(module)])
     return model
 
@@ -344,14 +347,16 @@ def _remade(make: Callable[..., nn.Module], kind: type, *rest: Any) -> nn.Module
 def _planned(kind: type) -> type:
     """Return the subclass of a class of modules that uses plans."""
     original = kind.forward  # type: ignore[attr-defined]
+    names = _positional(original)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         now = kind.forward  # type: ignore[attr-defined]
-        if now is original and not kwargs:
+        if now is original:
+            given = _in_order(names, args, kwargs) if kwargs else args
             for plan in vars(self).get(_PLANS, ()):
-                if plan.terms.fit(args):
-                    return plan.run(self, *args)
+                if given is not None and plan.terms.fit(given):
+                    return plan.run(self, *given)
         return now(self, *args, **kwargs)
 
     body = {
@@ -361,6 +366,22 @@ def _planned(kind: type) -> type:
         "forward": forward,
     }
     return type(kind)(kind.__name__, (_Planned, kind), body)
+
+
+def _positional(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of the arguments, but for self, that may be given by position."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
+def _in_order(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """Return all arguments by position, or None if they leave a gap."""
+    named = names[len(args) : len(args) + len(kwargs)]
+    if len(named) != len(kwargs) or any(name not in kwargs for name in named):
+        return None
+    return *args, *(kwargs[name] for name in named)
 
 
 def _original(kind: type) -> type:
@@ -397,14 +418,19 @@ class Row(NamedTuple):
     """As in ``named_modules``."""
     kind: str
     """Its class."""
-    fused: bool
-    """Whether it is ours."""
+    ours: bool
+    """Whether it runs on our kernels."""
     residual: bool
     """Whether a sum is folded into it."""
     activation: str | None
     """The activation that is folded into it."""
     reason: str
     """Why not more, or ""."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether anything is folded into it."""
+        return self.residual or self.activation is not None
 
 
 class Report(tuple[Row, ...]):
@@ -427,7 +453,7 @@ class Report(tuple[Row, ...]):
 
 def _with(row: Row) -> str:
     parts = [part for part in ("residual" * row.residual, row.activation) if part]
-    return " + ".join(parts) if parts else "nothing" if row.fused else "-"
+    return " + ".join(parts) if parts else "nothing" if row.ours else "-"
 
 
 def explain(model: nn.Module) -> Report:
@@ -441,9 +467,12 @@ def explain(model: nn.Module) -> Report:
     Returns
     -------
     Report
-        A tuple of rows ``(name, kind, fused, residual, activation, reason)``, in the order of
-        ``named_modules``, which prints as a table. A batch norm that is called in several ways has
-        several rows. A call of ``F.batch_norm`` has the name of the module whose forward it is in.
+        A tuple of rows ``(name, kind, ours, residual, activation, reason)``, in the order of
+        ``named_modules``, which prints as a table: ``ours`` says that it runs on our kernels,
+        ``fused`` that anything is folded into it. In the table that is "nothing" for one of ours
+        that stands alone, and "-" for one that is not ours. A batch norm that is called in several
+        ways has several rows. A call of ``F.batch_norm`` has the name of the module whose forward
+        it is in.
 
     Raises
     ------
@@ -504,8 +533,8 @@ class _Studies:
             for call in study.calls:
                 if call.norm is norm:
                     found.append(_told(call, ours, parent_name, parent, study))
-        more = [told for told in found if told[0] or told[1] or "fuse" in told[2]]
-        return list(dict.fromkeys(more or found)) or [(False, None, self._unseen(name))]
+        found.sort(key=lambda told: not (told[0] or told[1]))  # what is folded comes first
+        return list(dict.fromkeys(found)) or [(False, None, self._unseen(name))]
 
     def _unseen(self, name: str) -> str:
         """Say why no graph has a call of a batch norm; it may be the model."""
