@@ -88,8 +88,8 @@ enum class Floor { read, copy, stream, read2, copy2, stream2 };
 void floor(Floor, const float* a, const float* b, float* out, int64_t n, int64_t ahead, Executor&);
 
 // Outputs of at least this many bytes are written past the cache: they would not stay in it, and a
-// plain store first reads what it overwrites. To be set to a third of the last-level cache: input,
-// output and what else lives there.
+// plain store first reads what it overwrites. To be set to this process's share of the last-level
+// cache for an output: see cache_share in _info.py.
 int64_t streaming_bytes();
 void set_streaming_bytes(int64_t bytes);
 

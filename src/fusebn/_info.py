@@ -56,8 +56,9 @@ def cache_share() -> int | None:
     """Return the bytes from which on an output is stored past the cache.
 
     A third of the last cache holds an output and what it was made from. But a server's cache grows
-    with its cores, about 4 MiB for each, and who runs on two of them has no claim to the rest: on a
-    Granite Rapids with 480 MiB, storing past the cache wins from 4 MiB on.
+    with its cores, about 4 MiB for each, and who runs on two of them has no claim to the rest. On
+    an Intel Xeon with 480 MiB, storing past the cache wins from 4 MiB on; whoever reads the output
+    at once pays that back up to some 24 MiB, a convolution, which waits for no memory, does not.
     """
     caches = cache_sizes()
     return min(max(caches.values()) // 3, _core.get_num_threads() * (4 << 20)) if caches else None
