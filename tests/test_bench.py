@@ -11,7 +11,7 @@ from click.testing import CliRunner
 import fusebn
 from fusebn.cli.bench import bench
 from fusebn.cli.bench.answers import Truth, Wrong, sampled
-from fusebn.cli.bench.cases import DTYPES, SHAPES, VERBS, Case, data_of, layouts_of
+from fusebn.cli.bench.cases import DTYPES, EPSILON, SHAPES, VERBS, Case, data_of, layouts_of
 from fusebn.cli.bench.machine import file_stem, machine
 from fusebn.cli.bench.ours import Ours
 from fusebn.cli.bench.peers import PEERS
@@ -75,6 +75,27 @@ def test_each_array_of_an_answer_is_checked(verb, peer):
     if not peer:
         with pytest.raises(Wrong, match="no "):
             truth.check(verb, {name: answer[name] for name in sorted(names)[1:]})
+
+
+def test_either_side_of_a_kink_is_right_and_felt_by_the_channel():
+    case, verb = Case("64x4", "channels-last", "float32"), VERBS["backward+relu"]
+    data = data_of(case)
+    x = data.x.astype(float)[:, 0]
+    offset = data.offset.copy()
+    offset[0] = -(x[0] - x.mean()) / math.sqrt(x.var() + EPSILON) * data.scale[0]
+    truth = Truth(case, data._replace(offset=offset))
+    found = []
+    for nudge in (-1e-6, 1e-6, 0.5):
+        moved = offset.copy()
+        moved[0] += nudge
+        answer = sampled(Ours(case, data._replace(offset=moved)).answers(verb)[0], case)
+        found.append(answer["dx"].reshape(64, 4)[1:, 0])
+        if nudge < 0.1:
+            truth.check(verb, answer)
+        else:  # others are on the wrong side, too
+            with pytest.raises(Wrong):
+                truth.check(verb, answer)
+    assert abs(found[0] - found[1]).max() > 1e-3
 
 
 def test_the_sample_holds_both_ends_of_a_large_tensor():

@@ -49,8 +49,9 @@ def block(y: Tensor, axis: int) -> tuple[int, int, int]:
     return total // (channels * inner), channels, inner
 
 
-def positions(operation: str, y: Tensor, weights: Tensor) -> Tensor:
+def positions(operation: str, y: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Lay out weights in the order of y's memory, one for each position."""
+    weights = weights.expand([1 if i == axis else n for i, n in enumerate(y.shape)])
     if weights.numel():
         least, most = (bound.item() for bound in weights.aminmax())
         if not (least >= 0 and most < math.inf):
@@ -104,37 +105,31 @@ def forward(
     if residual is not None:
         residual = beside(y, residual)
     if weights is not None:
-        weights = _spread(y, weights, axis)
-    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
-        follow_threads()
+        weights = positions("batch_norm", y, weights, axis)
+    follow_threads()
     count = _core.forward(
         ELEMENTS[x.dtype],
         *block(y, axis),
         x.data_ptr(),
         training,
-        None if mean is None else mean.data_ptr(),
-        None if variance is None else variance.data_ptr(),
-        None if weights is None else weights.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if offset is None else offset.data_ptr(),
-        None if residual is None else residual.data_ptr(),
+        address(mean),
+        address(variance),
+        address(weights),
+        address(scale),
+        address(offset),
+        address(residual),
         ACTIVATIONS[activation],
         epsilon,
         correction,
         factor,
         y.data_ptr(),
-        None if mean_out is None else mean_out.data_ptr(),
-        None if variance_out is None else variance_out.data_ptr(),
+        address(mean_out),
+        address(variance_out),
         batch,
     )
     if count < 0:
         _negative(variance)
     return y, count
-
-
-def _spread(y: Tensor, weights: Tensor, axis: int) -> Tensor:
-    shape = [1 if i == axis else n for i, n in enumerate(y.shape)]
-    return positions("batch_norm", y, weights.expand(shape))
 
 
 def forward_of_plain(
@@ -156,8 +151,7 @@ def forward_of_plain(
     if _EXCHANGE_API is None:
         return False
     training, axis, epsilon, correction, factor, activation = options
-    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
-        follow_threads()
+    follow_threads()
     count = _core.forward_of_tensors(
         _EXCHANGE_API, x, y, axis, training, mean, variance, scale, offset, residual,
         ACTIVATIONS[activation], epsilon, correction, factor, batch,
@@ -205,9 +199,8 @@ def gradient(
     if residual is not None:
         residual = beside(dx, residual)
     if weights is not None:
-        weights = _spread(dx, weights, axis)
-    if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
-        follow_threads()
+        weights = positions("batch_norm", dx, weights, axis)
+    follow_threads()
     _core.gradient(
         ELEMENTS[x.dtype],
         *block(dx, axis),
@@ -216,22 +209,22 @@ def gradient(
         training,
         batch[0],
         batch[1],
-        None if weights is None else weights.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        None if offset is None else offset.data_ptr(),
-        None if residual is None else residual.data_ptr(),
+        address(weights),
+        address(scale),
+        address(offset),
+        address(residual),
         ACTIVATIONS[activation],
         epsilon,
-        None if dmean is None else dmean.data_ptr(),
-        None if dvariance is None else dvariance.data_ptr(),
+        address(dmean),
+        address(dvariance),
         correction,
         factor,
         dx.data_ptr(),
-        None if dresidual is None else dresidual.data_ptr(),
-        None if dscale is None else dscale.data_ptr(),
-        None if doffset is None else doffset.data_ptr(),
-        None if dgiven_mean is None else dgiven_mean.data_ptr(),
-        None if dgiven_variance is None else dgiven_variance.data_ptr(),
+        address(dresidual),
+        address(dscale),
+        address(doffset),
+        address(dgiven_mean),
+        address(dgiven_variance),
     )
     return dx
 
@@ -240,14 +233,14 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
     """Return count, mean and m2 of each index of the axis, in float64."""
     y = x if is_dense(x) else x.contiguous()
     if weights is not None:
-        weights = _spread(y, weights, axis)
+        weights = positions("batch_norm", y, weights, axis)
     mean, m2 = (torch.empty(x.shape[axis], dtype=torch.float64) for _ in range(2))
     follow_threads()
     count = _core.moments(
         ELEMENTS[x.dtype],
         *block(y, axis),
         y.data_ptr(),
-        None if weights is None else weights.data_ptr(),
+        address(weights),
         mean.data_ptr(),
         m2.data_ptr(),
     )

@@ -276,8 +276,7 @@ class _Normalization:
     ) -> None:
         """Write dx, through the statistics too if there are sums, and dresidual if wanted."""
         if weights is not None:
-            shape = [1 if i == self.axis else n for i, n in enumerate(dx.shape)]
-            weights = _kernels.positions("SyncBatchNorm", dx, weights.expand(shape))
+            weights = _kernels.positions("SyncBatchNorm", dx, weights, self.axis)
         sum_g, sum_g_x = (None, None) if sums is None else (_at(sums[0]), _at(sums[1]))
         _core.backward(
             *self.block, _at(dy), _at(self.x), _at(self.mean), _at(self.rstd), _at(weights),
