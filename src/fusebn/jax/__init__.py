@@ -15,5 +15,6 @@ except ModuleNotFoundError as error:
     _spec.missing("fusebn.jax", "jax")
 
 from fusebn.jax._ops import portable
+from fusebn.jax.functional import batch_norm
 
-__all__ = ["portable"]
+__all__ = ["batch_norm", "portable"]

@@ -1,11 +1,12 @@
 """Batch normalization and its verbs on JAX's arrays, and their derivatives.
 
 `batch_norm` takes canonical arguments (see `_functions`) and is differentiable as often as one
-likes, forwards and backwards. Its tangent is a call of its own, linear, whose transpose is the fused
-gradient: reverse mode runs that and nothing else. What comes after the first derivative is JAX's of
-the composite of `_portable`.
+likes, forwards and backwards. Its tangent is a call of its own, linear, whose transpose is the
+fused gradient: reverse mode runs that and nothing else. What comes after the first derivative is
+JAX's of the composite of `_portable`.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.interpreters import ad
 
 from fusebn.jax import _portable
 from fusebn.jax._calls import Call, asked_portable, block_of, portable, positions_of, support
-from fusebn.jax._portable import OUTPUTS, PREFIX, Array, Arrays, Options, stat_type
+from fusebn.jax._portable import OUTPUTS, PREFIX, Array, Arrays, Options
 
 __all__ = [
     "BatchNorm",
@@ -25,7 +26,10 @@ __all__ = [
     "backward",
     "backward_sums",
     "batch_norm",
+    "batch_norm_gradient",
+    "mode",
     "moments",
+    "moments_over",
     "normalize",
     "portable",
     "support",
@@ -64,8 +68,29 @@ def _composite_jvp(call: Call) -> Any:
     return rule
 
 
-for _call in (_gradient, _tangent, _moments, _normalize, _backward_sums, _backward):
+for _call in (_gradient, _tangent, _normalize, _backward_sums, _backward):
     ad.primitive_jvps[_call.primitive] = _composite_jvp(_call)
+
+
+def _moments_jvp(
+    primals: Any, tangents: Any, *, names: Any, results: Any, options: Options
+) -> tuple[Any, Any]:
+    """Differentiate the textbook's formulas, with the mean that is known."""
+    found = _moments.primitive.bind(*primals, names=names, results=results, options=options)
+    outputs = dict(zip(results, found, strict=True))
+    moved = _portable.moments_tangent(
+        dict(zip(names, primals, strict=True)),
+        outputs,
+        {
+            name: tangent
+            for name, tangent in zip(names, tangents, strict=True)
+            if type(tangent) is not ad.Zero
+        },
+    )
+    return found, [moved[name] for name in results]
+
+
+ad.primitive_jvps[_moments.primitive] = _moments_jvp
 
 
 def _forward_jvp(
@@ -196,11 +221,11 @@ def batch_norm(
     return _batch_norm(
         x, scale, offset, mean, variance, residual, weights,
         None if static is not None else is_training,
-        options=options, portable=asked_portable(),
+        options=options, mode=mode(),
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("options", "portable"), inline=True)
+@partial(jax.jit, static_argnames=("options", "mode"), inline=True)
 def _batch_norm(
     x: Array,
     scale: Array | None,
@@ -212,17 +237,93 @@ def _batch_norm(
     is_training: Array | None,
     *,
     options: Options,
-    portable: bool,  # what is compiled for one is not for the other
+    mode: Any,
 ) -> BatchNorm:
     operands = _operands(x, options.axis, residual, weights)
     vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
     operands |= {name: value[None] for name, value in vectors.items() if value is not None}
-    flag = np.bool_(options.training) if is_training is None else is_training
-    operands["training"] = jnp.asarray(flag).reshape(1)
+    operands["training"] = _flag(is_training, options)
     found = _forward(operands, ("y", "mean", "variance", "batch", "count"), options)
     return BatchNorm(
         found["y"].reshape(x.shape), *(found[name][0] for name in ("mean", "variance", "count"))
     )
+
+
+def mode() -> bool:
+    """Return what a compiled function depends on beside its arguments: is it to be portable?"""
+    return asked_portable()
+
+
+def batch_norm_gradient(
+    dy: Array,
+    x: Array,
+    scale: Array | None,
+    offset: Array | None,
+    mean: Array,
+    variance: Array,
+    residual: Array | None,
+    weights: Array | None,
+    dmean: Array | None,
+    dvariance: Array | None,
+    is_training: Any,
+    options: Options,
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    """Return dx, dscale, doffset and dresidual, None for what is absent.
+
+    The mean and biased variance are those that normalized x; dmean and dvariance flow into them.
+    """
+    static = is_training if isinstance(is_training, bool) else None
+    options = options._replace(training=static)
+    return _batch_norm_gradient(
+        dy, x, scale, offset, mean, variance, residual, weights, dmean, dvariance,
+        None if static is not None else is_training,
+        options=options, mode=mode(),
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("options", "mode"), inline=True)
+def _batch_norm_gradient(
+    dy: Array,
+    x: Array,
+    scale: Array | None,
+    offset: Array | None,
+    mean: Array,
+    variance: Array,
+    residual: Array | None,
+    weights: Array | None,
+    dmean: Array | None,
+    dvariance: Array | None,
+    is_training: Array | None,
+    *,
+    options: Options,
+    mode: Any,
+) -> tuple[Array, Array | None, Array | None, Array | None]:
+    operands = _operands(x, options.axis, residual, weights)
+    operands["training"] = _flag(is_training, options)
+    vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
+    operands |= {name: value[None] for name, value in vectors.items() if value is not None}
+    low = jnp.zeros_like(mean)
+    operands["batch"] = jnp.stack([jnp.stack([mean, low]), jnp.stack([variance, low])])[None]
+    into = {"y": block_of(dy, options.axis)}
+    vectors = {"mean": dmean, "variance": dvariance}
+    into |= {name: value[None] for name, value in vectors.items() if value is not None}
+    wanted = [name for name in ("x", "residual", "scale", "offset") if name in operands]
+    found = gradients_of(operands, into, wanted, options)
+
+    def shaped(name: str, shape: tuple[int, ...]) -> Array | None:
+        return found[name].reshape(shape) if name in found else None
+
+    vector = mean.shape
+    return (
+        found["x"].reshape(x.shape),
+        shaped("scale", vector),
+        shaped("offset", vector),
+        shaped("residual", x.shape),
+    )
+
+
+def _flag(is_training: Array | None, options: Options) -> Array:
+    return jnp.asarray(np.bool_(options.training) if is_training is None else is_training)[None]
 
 
 def _operands(x: Array, axis: int, residual: Array | None, weights: Array | None) -> Arrays:
@@ -248,6 +349,35 @@ def moments(x: Array, weights: Array | None, axis: int) -> Moments:
     """Return the statistics over all axes but one; 0 where the count is."""
     found = _moments(_operands(x, axis, None, weights), ("batch", "count"), Options())
     return Moments(found["count"][0], found["batch"][0])
+
+
+def moments_over(
+    x: Array, weights: Array | None, reduced: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """Return the count, the mean as high and low, and the biased variance over any set of axes.
+
+    `reduced` is sorted; weights have the rank of x, and length 1 for the kept axes.
+    """
+    kept = [axis for axis in range(x.ndim) if axis not in reduced]
+    shape = tuple(x.shape[axis] for axis in kept)
+    if weights is not None:
+        full = tuple(1 if axis in kept else n for axis, n in enumerate(x.shape))
+        weights = jnp.broadcast_to(weights, full)
+    first = kept[0] if kept else 0
+    if kept != list(range(first, first + len(kept))):  # the core keeps neighbours
+        order = [*kept, *reduced]
+        x = x.transpose(order)
+        weights = None if weights is None else weights.transpose(order)
+        first = 0
+    last = first + len(kept)
+
+    def block(array: Array) -> Array:
+        parts = array.shape[:first], array.shape[first:last], array.shape[last:]
+        return array.reshape([math.prod(part) for part in parts])
+
+    found = moments(block(x), None if weights is None else block(weights), 1)
+    (high, low), (variance, rest) = found.batch.reshape(2, 2, *shape)
+    return found.count, high, low, variance + rest
 
 
 def _normalization(

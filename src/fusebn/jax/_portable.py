@@ -5,8 +5,8 @@ block ``[outer, channels, inner]``, weights ``[outer, inner]``, vectors ``[chann
 textbook in two passes, differentiable as often as one likes. What keeps it safe:
 
 - moments: distances from the mean are summed, never ``E[x^2] - E[x]^2``. The mean is a sum of two
-  numbers, ``high + low``, where low is the mean of ``x - high``: float32 data of 1e6 +- 1 is centred
-  as exactly as it can carry, and the variance cannot be negative.
+  numbers, ``high + low``, where low is the mean of ``x - high``: float32 data of 1e6 +- 1 is
+  centred as exactly as it can carry, and the variance cannot be negative.
 - normalize: the mean is taken from x before anything else.
 - every division and square root is guarded before it is taken, so that no derivative of a branch
   that is not chosen becomes NaN.
@@ -95,11 +95,42 @@ def moments(operands: Arrays, options: Options) -> Arrays:
     return {"count": count, "batch": _batch(mean, variance)}
 
 
+def moments_tangent(operands: Arrays, found: Arrays, tangents: Arrays) -> Arrays:
+    """Return the tangents of what `moments` found; unlike all else here, of all problems at once.
+
+    dmean     = sum(weight * dx + (x - mean) * dweight) / count
+    dvariance = sum(2 * weight * (x - mean) * dx + ((x - mean)^2 - variance) * dweight) / count
+    """
+    x, count, batch = _wide(operands["x"]), found["count"], found["batch"]
+    spread = (slice(None), None, slice(None), None)
+    n = jnp.where(count > 0, count, 1)[spread[0], None]
+    centred = x - batch[:, 0, 0][spread] - batch[:, 0, 1][spread]
+    if "weights" in operands:
+        weights = operands["weights"][:, :, None]
+        centred = jnp.where(weights > 0, centred, 0)
+    dmean, dvariance, dcount = 0, 0, jnp.zeros_like(count)
+    if "x" in tangents:
+        dx = _wide(tangents["x"])
+        if "weights" in operands:
+            dx = jnp.where(weights > 0, dx, 0) * weights
+        dmean = jnp.sum(dx, (1, 3)) / n
+        dvariance = jnp.sum(2 * centred * dx, (1, 3)) / n
+    if "weights" in tangents:
+        dweights = tangents["weights"][:, :, None]
+        variance = (batch[:, 1, 0] + batch[:, 1, 1])[spread]
+        dcount = jnp.broadcast_to(jnp.sum(dweights, (1, 2, 3)), count.shape)
+        dmean = dmean + jnp.sum(centred * dweights, (1, 3)) / n
+        dvariance = dvariance + jnp.sum((jnp.square(centred) - variance) * dweights, (1, 3)) / n
+    low = jnp.zeros_like(batch[:, 0, 0])
+    pairs = [jnp.stack([low + high, low], 1) for high in (dmean, dvariance)]
+    return {"count": dcount, "batch": jnp.stack(pairs, 1)}
+
+
 def _batch(mean: Array, variance: Array) -> Array:
     return jnp.stack([mean, jnp.stack([variance, jnp.zeros_like(variance)])])
 
 
-def _rstd(variance: Array, epsilon: float) -> Array:
+def rstd_of(variance: Array, epsilon: float) -> Array:
     """Return 1 / sqrt(variance + epsilon), 0 where that is infinite or the root of nothing."""
     shifted = variance + epsilon
     none = (shifted == 0) | jnp.isinf(shifted)
@@ -110,7 +141,7 @@ def _preactivation(
     operands: Arrays, mean: Array, variance: Array, epsilon: float
 ) -> tuple[Array, Array]:
     """Return x - mean and what the activation sees, wide."""
-    rstd = _rstd(variance, epsilon)
+    rstd = rstd_of(variance, epsilon)
     # Where the batch is forgotten, so is an infinite x.
     x = jnp.where(_spread(rstd == 0), 0, _centred(operands["x"], mean))
     scale = operands.get("scale")
@@ -151,7 +182,7 @@ def backward(operands: Arrays, options: Options) -> Arrays:
     """Return `dx` and `dresidual`, given the sums and the count of all devices."""
     x, g = _into_preactivation(operands, options)
     count, scale, weights = (operands.get(name) for name in ("count", "scale", "weights"))
-    rstd = _rstd(_given(operands["batch"])[1], options.epsilon)
+    rstd = rstd_of(_given(operands["batch"])[1], options.epsilon)
     slope = rstd if scale is None else rstd * scale
     share = jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)
     into_mean = -slope * operands["sum_g"] + operands.get("dmean", 0)
