@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from statistics import median
 from time import perf_counter
@@ -14,8 +14,8 @@ from fusebn.cli.demo.watch import History
 from fusebn.cli.resident import resident
 
 LARGE = 1024  # images in a step that is timed: tensors of some MiB, as larger networks have
+FIRST = 20  # losses that are compared
 _ROUNDS = 8
-_FIRST = 20  # losses
 
 Step = Callable[[], object]
 
@@ -25,17 +25,17 @@ def side_by_side(
     lesson: str,
     histories: Mapping[str, History],
     steps: Mapping[str, Step],
-    exact: Iterator[float],
+    exact: Iterable[float],
 ) -> Finding:
     """Compare trainings from the same seed, and one step of each on LARGE images.
 
     `exact` has the losses of the same training in float64.
     """
-    losses = np.array(list(islice(exact, _FIRST)))
+    losses = np.array(list(islice(exact, FIRST)))
     seconds, memory = _seconds(steps), {name: _memory(step) for name, step in steps.items()}
     return Finding(
         title,
-        f"{lesson} Off is the largest distance of the first {_FIRST} losses from those of the same "
+        f"{lesson} Off is the largest distance of the first {FIRST} losses from those of the same "
         f"training in float64. Time and memory are those of a training step of {LARGE} images, in "
         f"turns: the median, and the most memory that a step took.",
         ("network", "held out", "last loss", "off", "a step", "its memory"),
@@ -44,7 +44,7 @@ def side_by_side(
                 name,
                 percent(history.accuracy[-1]),
                 f"{np.mean(_last_epoch(history)):.4f}",
-                f"{np.abs(history.loss[:_FIRST] - losses).max():.0e}",
+                f"{np.abs(history.loss[:FIRST] - losses).max():.0e}",
                 f"{1e3 * seconds[name]:.1f} ms",
                 memory[name],
             )

@@ -1,0 +1,59 @@
+"""The demo with Keras 3: a residual network as it is, and after `fusebn.keras.fuse`."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+from fusebn.cli.output import hushed
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+with hushed():  # whatever that level, TensorFlow greets whoever imports it
+    import keras
+
+    import fusebn.keras  # noqa: F401
+
+from fusebn.cli.demo.findings import inference_leaves_no_trace
+from fusebn.cli.demo.images import EPOCHS, RESIDUAL
+from fusebn.cli.demo.keras.findings import (
+    before_and_after,
+    bright_background,
+    loaded_without_fusebn,
+    one_layer,
+    padding_alone,
+)
+from fusebn.cli.demo.keras.network import Network
+from fusebn.cli.demo.watch import Course, Study, watch
+
+__all__ = ["EPOCHS", "FRAMEWORK", "MODEL", "NETWORK", "study"]
+
+_BACKEND = keras.backend.backend()
+FRAMEWORK = f"Keras {keras.__version__} on {_BACKEND} {import_module(_BACKEND).__version__}"
+NETWORK = RESIDUAL
+MODEL = ".weights.h5"
+
+
+def study(course: Course, model: Path) -> Study:
+    """Train, save the model, and show what there is to see."""
+    training, held_out, epochs, seed, _ = course
+    networks = Network(seed), Network(seed, fused=True)
+    before, after = (
+        watch(name, network, network.train(training, epochs, seed), course)
+        for name, network in zip(("as it is", "fused"), networks, strict=True)
+    )
+    network = networks[1]
+    return Study(
+        network,
+        after,
+        [
+            before_and_after((before, after), course),
+            one_layer(network),
+            inference_leaves_no_trace(
+                network, network.infer, held_out, "The weights of each batch norm."
+            ),
+            bright_background(held_out),
+            padding_alone(held_out),
+            loaded_without_fusebn(network, held_out, model),
+        ],
+    )
