@@ -127,16 +127,19 @@ def _one_by_one(composite: Callable[[Arrays, Options], Arrays]) -> Callable[...,
     return solve
 
 
+def varying(value: Array) -> frozenset[str]:
+    """Return the axes of a `shard_map` along which a value varies; none where it does not say."""
+    axes: frozenset[str] = jax.typeof(value).manual_axis_type.varying
+    return axes
+
+
 def _alike_varying(values: Sequence[Array]) -> list[Array]:
-    """Return the operands varying over the same axes of a `shard_map`: those of any of them."""
-    types = [jax.typeof(value) for value in values]
-    varying = [getattr(kind, "vma", frozenset()) for kind in types]
-    everywhere = frozenset[str]().union(*varying)
+    """Return the operands varying along the same axes of a `shard_map`: those of any of them."""
+    everywhere = frozenset[str]().union(*map(varying, values))
+    missing = [tuple(sorted(everywhere - varying(value))) for value in values]
     return [
-        jax.lax.pcast(value, tuple(sorted(everywhere - mine)), to="varying")
-        if everywhere - mine
-        else value
-        for value, mine in zip(values, varying, strict=True)
+        jax.lax.pcast(value, axes, to="varying") if axes else value
+        for value, axes in zip(values, missing, strict=True)
     ]
 
 
@@ -158,7 +161,7 @@ class Call:
     def __call__(self, operands: Arrays, results: Sequence[str], options: Options) -> Arrays:
         """Return the results of those names."""
         names, results = _in_order(operands), _in_order(results)
-        values = [operands[name] for name in names]
+        values = [in_one_piece(operands[name]) for name in names]
         if asked_portable():
             found = self.composite(*values, names=names, results=results, options=options)
         else:
@@ -244,8 +247,28 @@ def _lower(
 # ---- from arrays to blocks and back ----
 
 
+def in_one_piece(x: Array) -> Array:
+    """Gather what is sharded over the explicit axes of a mesh; XLA does it for automatic ones."""
+    return _resharded(x, jax.typeof(x), (None,) * x.ndim)
+
+
+def _resharded(x: Array, like: Any, spec: tuple[Any, ...]) -> Array:
+    """Shard x over the mesh of a type that is sharded at all."""
+    if all(part is None for part in like.sharding.spec):
+        return x
+    named = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    return jax.sharding.reshard(x, named)
+
+
+def like(x: Array, block: Array) -> Array:
+    """Return a block in the shape of x, and as x is sharded."""
+    kind = jax.typeof(x)
+    return _resharded(block.reshape(x.shape), kind, kind.sharding.spec)
+
+
 def block_of(x: Array, axis: int) -> Array:
     """Return x as one problem: [1, outer, channels, inner]."""
+    x = in_one_piece(x)
     shape = x.shape
     return x.reshape(1, math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 

@@ -16,7 +16,16 @@ import numpy as np
 from jax.interpreters import ad
 
 from fusebn.jax import _portable
-from fusebn.jax._calls import Call, asked_portable, block_of, portable, positions_of, support
+from fusebn.jax._calls import (
+    Call,
+    asked_portable,
+    block_of,
+    in_one_piece,
+    like,
+    portable,
+    positions_of,
+    support,
+)
 from fusebn.jax._portable import OUTPUTS, PREFIX, Array, Arrays, Options
 
 __all__ = [
@@ -245,7 +254,7 @@ def _batch_norm(
     operands["training"] = _flag(is_training, options)
     found = _forward(operands, ("y", "mean", "variance", "batch", "count"), options)
     return BatchNorm(
-        found["y"].reshape(x.shape), *(found[name][0] for name in ("mean", "variance", "count"))
+        like(x, found["y"]), *(found[name][0] for name in ("mean", "variance", "count"))
     )
 
 
@@ -310,16 +319,9 @@ def _batch_norm_gradient(
     wanted = [name for name in ("x", "residual", "scale", "offset") if name in operands]
     found = gradients_of(operands, into, wanted, options)
 
-    def shaped(name: str, shape: tuple[int, ...]) -> Array | None:
-        return found[name].reshape(shape) if name in found else None
-
-    vector = mean.shape
-    return (
-        found["x"].reshape(x.shape),
-        shaped("scale", vector),
-        shaped("offset", vector),
-        shaped("residual", x.shape),
-    )
+    dscale, doffset = (found[name][0] if name in found else None for name in ("scale", "offset"))
+    dresidual = None if residual is None else like(x, found["residual"])
+    return like(x, found["x"]), dscale, doffset, dresidual
 
 
 def _flag(is_training: Array | None, options: Options) -> Array:
@@ -358,6 +360,7 @@ def moments_over(
 
     `reduced` is sorted; weights have the rank of x, and length 1 for the kept axes.
     """
+    x = in_one_piece(x)
     kept = [axis for axis in range(x.ndim) if axis not in reduced]
     shape = tuple(x.shape[axis] for axis in kept)
     if weights is not None:
@@ -393,7 +396,7 @@ def normalize(
 ) -> Array:
     """Return y, normalized by the mean and variance in `batch` (see `Moments`)."""
     operands = _normalization(x, batch, scale, offset, residual, options.axis)
-    return _normalize(operands, ("y",), options)["y"].reshape(x.shape)
+    return like(x, _normalize(operands, ("y",), options)["y"])
 
 
 def backward_sums(
@@ -437,8 +440,5 @@ def backward(
     if weights is not None:
         operands["weights"] = positions_of(weights, x, options.axis)
     results = ("dx",) if residual is None else ("dx", "dresidual")
-    found = {
-        name: value.reshape(x.shape)
-        for name, value in _backward(operands, results, options).items()
-    }
+    found = {name: like(x, value) for name, value in _backward(operands, results, options).items()}
     return found["dx"], found.get("dresidual")
