@@ -25,6 +25,7 @@
 
 #include "batch_norm.h"
 #include "job.h"
+#include "memory.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -105,7 +106,10 @@ struct Call {
   template <class T>
   T* out(Item item, int64_t problem) const {
     if (!(results >> item & 1)) return nullptr;
-    return of<T>(*checked(returned.get<ffi::AnyBuffer>(place(results, item))), problem);
+    const ffi::AnyBuffer buffer = *checked(returned.get<ffi::AnyBuffer>(place(results, item)));
+    // XLA asks the system for fresh memory again and again, and small pages cost more than we do.
+    if (problem == 0) want_huge_pages(buffer.untyped_data(), int64_t(buffer.size_bytes()));
+    return of<T>(buffer, problem);
   }
 
   ffi::AnyBuffer input() const {
