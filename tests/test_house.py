@@ -92,7 +92,7 @@ ADAPTER_ARROWS = {
         "_batch_norm": {"_groups", "_renorm", "_synchronized"},
         "_groups": set(),
         "_renorm": set(),
-        "_synchronized": set(),
+        "_synchronized": {"torch"},
         "_fuse": {"_folding", "_spec", "layers"},
         "_folding": {"layers"},
     },

@@ -99,9 +99,8 @@ class Call:
             mean, variance = fusebn.moments(ops.stop_gradient(block), others, weights=weights)
         if self.renorm:
             biased = variance
-            r, d = self.renorm.correction(
-                mean, self._stddev(biased), *averages[3:], math.sqrt(self.epsilon)
-            )
+            least = math.sqrt(self.epsilon)
+            r, d = self.renorm.correction(mean, self._stddev(biased), *averages[3:], least=least)
             r, d = _choose(counted, r, ops.ones_like(r)), _choose(counted, d, ops.zeros_like(d))
             scale, offset = transform(ops.stop_gradient(r), ops.stop_gradient(d), scale, offset)
         if self.synchronized:
@@ -156,14 +155,15 @@ class Call:
         residual = self.residual
         if residual is not None:
             residual = arrange(residual, self.axes, arranged.size).x
-        vectors = (
-            vector if vector is None else ops.reshape(vector, [-1])
-            for vector in (scale, offset, mean, variance)
-        )
+        given = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
+        vectors: dict[str, Any] = {
+            name: vector if vector is None else ops.reshape(vector, [-1])
+            for name, vector in given.items()
+        }
         result = fusebn.fused_batch_norm(
             arranged.x,
-            *vectors,
-            self.epsilon,
+            **vectors,
+            epsilon=self.epsilon,
             axis=arranged.axis,
             activation=self.activation,
             residual=residual,

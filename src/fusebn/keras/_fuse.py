@@ -267,7 +267,7 @@ class Report(tuple[Row, ...]):
     def __str__(self) -> str:
         """Return the table."""
         heads = ("batch norm", "ours", "fused with", "not more, because")
-        lines = [heads, heads]
+        lines: list[tuple[str, ...]] = [heads, heads]
         lines += [(row.name, "yes" if row.ours else "no", _with(row), row.reason) for row in self]
         widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
         lines[1] = tuple("-" * width for width in widths)

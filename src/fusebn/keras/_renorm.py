@@ -26,7 +26,13 @@ class Renorm(NamedTuple):
     clipping: Mapping[str, Any]
 
     def correction(
-        self, mean: Tensor, stddev: Tensor, renorm_mean: Tensor, renorm_stddev: Tensor, least: float
+        self,
+        mean: Tensor,
+        stddev: Tensor,
+        renorm_mean: Tensor,
+        renorm_stddev: Tensor,
+        *,
+        least: float,
     ) -> tuple[Tensor, Tensor]:
         """Return r and d; `least` bounds an average that may not have seen a batch yet."""
         average = ops.maximum(renorm_stddev, least)

@@ -70,9 +70,9 @@ def _sum_of_torch(*values: Tensor) -> Any:
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values
-    from torch.distributed.nn.functional import all_reduce
+    from fusebn.torch._synchronized import sum_over_processes
 
-    return [all_reduce(value.contiguous()) for value in values]
+    return [sum_over_processes(value) for value in values]
 
 
 _SUMS = {"tensorflow": _sum_of_tensorflow, "torch": _sum_of_torch}

@@ -166,9 +166,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         nonfinite: str = "propagate",
         **kwargs: Any,
     ) -> None:
-        several = isinstance(axis, list | tuple)
+        several = axis if isinstance(axis, list | tuple) else None
         super().__init__(
-            -1 if several else axis,
+            axis if several is None else -1,
             momentum,
             epsilon,
             center,
@@ -186,8 +186,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             renorm_momentum,
             **kwargs,
         )
-        if several:
-            self.axis = tuple(_spec.integer(_NAME, "axis", one) for one in axis)
+        self.axis: int | tuple[int, ...] = self.axis
+        if several is not None:
+            self.axis = tuple(_spec.integer(_NAME, "axis", one) for one in several)
         self.synchronized = synchronized  # Keras's constructor refuses it but on TensorFlow
         _spec.fraction(_NAME, "momentum", self.momentum, "It is the weight of the old value.")
         _spec.non_negative(_NAME, "epsilon", self.epsilon)
@@ -239,7 +240,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             averages["renorm_stddev"] = _root(variance)
         for name, initializer in averages.items():
             setattr(self, name, self._average(name, shape, initializer))
-        sizes = dict(zip(axes, shape, strict=True))
+        named = axes if isinstance(self.axis, tuple) else (self.axis,)  # as errors shall name them
+        sizes = dict(zip(named, shape, strict=True))
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
 
     def _average(self, name: str, shape: tuple[int, ...], initializer: Any) -> Any:
@@ -258,7 +260,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _axes(self, rank: int) -> tuple[int, ...]:
         """Return the channel axes, sorted, counted from the front."""
         if not isinstance(self.axis, tuple):
-            return (range(rank)[self.axis],)  # Keras's error for an axis out of range
+            return (tuple(range(rank))[self.axis],)  # Keras's error for an axis out of range
         shape = (0,) * rank
         axes = sorted(_spec.axis_of(_NAME, "axis", axis, shape) for axis in self.axis)
         if not axes or len({*axes}) != len(axes):
@@ -282,7 +284,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """Normalize a batch: see the class."""
         if mask is None:  # Keras looks for it only where inputs are the one tensor
             mask = getattr(inputs, "_keras_mask", None)
-        x = ops.cast(inputs, keras.backend.result_type(inputs.dtype, "bfloat16"))
+        x = inputs if keras.backend.is_float_dtype(inputs.dtype) else ops.cast(inputs, "float32")
         training = _flag(training) if self.trainable else False
         y, averages = self._call(x, training, mask, residual)(x)
         if training is not False:
