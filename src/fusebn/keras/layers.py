@@ -122,15 +122,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
 
     Examples
     --------
+    >>> import keras
     >>> import numpy as np
     >>> import fusebn.keras
     >>> layer = fusebn.keras.BatchNormalization(momentum=0.5, activation="relu")
     >>> x = np.array([[1.0, 10.0], [3.0, 10.0]], "float32")
     >>> y = layer(x, training=True)
-    >>> [[round(float(value), 3) for value in row] for row in y]
-    [[0.0, 0.0], [1.0, 0.0]]
-    >>> [float(value) for value in layer.moving_mean.numpy()]
-    [1.0, 5.0]
+    >>> keras.ops.convert_to_numpy(y).round(3)
+    array([[0., 0.],
+           [1., 0.]], dtype=float32)
+    >>> layer.moving_mean.numpy()
+    array([1., 5.], dtype=float32)
     """
 
     # The extras' defaults stand in the class, so that Keras's own layers lack nothing to become

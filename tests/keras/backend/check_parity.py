@@ -191,7 +191,7 @@ def test_the_signature_begins_as_theirs() -> None:
 def test_what_keras_rejects_is_rejected_in_its_words(options: Any, shape: Any) -> None:
     told = []
     for of in (BatchNormalization, THEIRS):
-        with pytest.raises(Exception) as caught:  # noqa: B017, PT011
+        with pytest.raises(Exception) as caught:  # noqa: PT011, PT012
             layer = of(**{"name": "norm", **options})
             if not options:
                 layer(np.zeros((2, 3)))
