@@ -3,7 +3,13 @@
 The functions of :mod:`fusebn` take JAX's arrays as they take NumPy's, under ``jit``, ``grad``,
 ``vmap`` and all the rest. On a CPU they are calls of fusebn's kernels; on other devices, and inside
 :func:`portable`, they are made of JAX's own operations.
+
+The layers are those of the library they are for: :mod:`fusebn.jax.linen`, :mod:`fusebn.jax.nnx` and
+:mod:`fusebn.jax.equinox`, imported when they are asked for.
 """
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
 
 from fusebn import _spec
 
@@ -18,3 +24,15 @@ from fusebn.jax._ops import portable
 from fusebn.jax.functional import batch_norm
 
 __all__ = ["batch_norm", "portable"]
+
+_LAYERS = ("equinox", "linen", "nnx")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAYERS:
+        return _import_module(f"fusebn.jax.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAYERS])

@@ -46,7 +46,9 @@ def check(layer: Layer) -> None:
     _spec.activation(_NAME, layer.activation)
     _spec.non_negative(_NAME, "correction", layer.correction)
     if layer.nonfinite == "raise":
-        fix = "Compiled code cannot raise; see jax.config.jax_debug_nans, jax.experimental.checkify."
+        fix = (
+            "Compiled code cannot raise; see jax.config.jax_debug_nans, jax.experimental.checkify."
+        )
         _spec.fail(ValueError, _NAME, "nonfinite", "be 'propagate' or 'skip'", "'raise'", fix)
     _spec.one_of(_NAME, "nonfinite", layer.nonfinite, NONFINITE)
 
@@ -122,7 +124,7 @@ def _not(known: Any) -> Any:
 
 
 def _factor(momentum: Any) -> float:
-    """Return the weight of the batch; short of 1, where an empty batch has statistics of its own."""
+    """Return the weight of the batch: less than 1, for which a batch of nothing changes nothing."""
     factor = 1 - _spec.fraction(_NAME, "momentum", momentum, "It is the weight of the old value.")
     return min(factor, math.nextafter(1, 0))
 

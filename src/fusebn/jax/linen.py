@@ -3,10 +3,17 @@
 from typing import Any
 
 import jax.numpy as jnp
-from flax import linen
-from flax.linen.dtypes import canonicalize_dtype
 
+from fusebn import _spec
 from fusebn.jax import _flax
+
+try:
+    from flax import linen
+    from flax.linen.dtypes import canonicalize_dtype
+except ModuleNotFoundError as error:
+    if error.name != "flax":
+        raise
+    _spec.missing("fusebn.jax.linen", "flax")
 
 __all__ = ["BatchNorm"]
 

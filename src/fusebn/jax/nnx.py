@@ -6,10 +6,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.nnx.nn import dtypes, initializers
 
+from fusebn import _spec
 from fusebn.jax import _flax
+
+try:
+    from flax import nnx
+    from flax.nnx.nn import dtypes, initializers
+except ModuleNotFoundError as error:
+    if error.name != "flax":
+        raise
+    _spec.missing("fusebn.jax.nnx", "flax")
 
 __all__ = ["BatchNorm"]
 
