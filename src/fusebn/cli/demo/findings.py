@@ -97,6 +97,12 @@ def batch_size_one(network: Network, digits: Digits) -> Finding:
     )
 
 
+def folded_into(residual: bool, activation: str | None) -> str:
+    """Name what `fuse` made a part of a batch norm."""
+    parts = ["addition"] * residual + [activation or ""]
+    return ", ".join(part for part in parts if part) or "nothing"
+
+
 def far_from_zero(
     layers: Mapping[str, Callable[[Array], Array]], digits: Digits, lesson: str
 ) -> Finding:
@@ -109,7 +115,7 @@ def far_from_zero(
     return Finding(
         "A bright background",
         f"{lesson} The pixels of the held-out images, 0 to 1, with a number added, normalized by "
-        f"one layer in training mode. Their standard deviation should be 1.",
+        f"one layer in training mode. Their standard deviation should stay the same.",
         ("added", *layers),
         [
             (f"{background:,}", *(deviation(layer, background) for layer in layers.values()))

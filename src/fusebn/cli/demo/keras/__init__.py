@@ -14,14 +14,17 @@ with hushed():  # whatever that level, TensorFlow greets whoever imports it
 
     import fusebn.keras  # noqa: F401
 
+    # It imports TensorFlow, whatever the backend, when the first model is built.
+    keras.Sequential([keras.Input((1,)), keras.layers.ReLU()])
+
 from fusebn.cli.demo.findings import inference_leaves_no_trace
 from fusebn.cli.demo.images import EPOCHS, RESIDUAL
 from fusebn.cli.demo.keras.findings import (
     before_and_after,
     bright_background,
-    loaded_without_fusebn,
     one_layer,
     padding_alone,
+    saved_and_loaded,
 )
 from fusebn.cli.demo.keras.network import Network
 from fusebn.cli.demo.watch import Course, Study, watch
@@ -31,12 +34,14 @@ __all__ = ["EPOCHS", "FRAMEWORK", "MODEL", "NETWORK", "study"]
 _BACKEND = keras.backend.backend()
 FRAMEWORK = f"Keras {keras.__version__} on {_BACKEND} {import_module(_BACKEND).__version__}"
 NETWORK = RESIDUAL
-MODEL = ".weights.h5"
+MODEL = ".keras"
 
 
 def study(course: Course, model: Path) -> Study:
     """Train, save the model, and show what there is to see."""
     training, held_out, epochs, seed, _ = course
+    if _BACKEND == "torch":  # its threads would gain nothing, and wait long on a busy machine
+        import_module(_BACKEND).set_num_threads(1)
     networks = Network(seed), Network(seed, fused=True)
     before, after = (
         watch(name, network, network.train(training, epochs, seed), course)
@@ -54,6 +59,6 @@ def study(course: Course, model: Path) -> Study:
             ),
             bright_background(held_out),
             padding_alone(held_out),
-            loaded_without_fusebn(network, held_out, model),
+            saved_and_loaded(network, held_out, model),
         ],
     )

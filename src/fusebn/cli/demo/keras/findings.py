@@ -15,8 +15,8 @@ from keras import layers
 import fusebn.keras as fbk
 from fusebn.cli.demo import findings
 from fusebn.cli.demo.digits import Digits
-from fusebn.cli.demo.findings import Finding, far_from_zero
-from fusebn.cli.demo.keras.network import Network, build
+from fusebn.cli.demo.findings import Finding, far_from_zero, folded_into
+from fusebn.cli.demo.keras.network import Network
 from fusebn.cli.demo.network import Array
 from fusebn.cli.demo.side_by_side import FIRST, LARGE, side_by_side
 from fusebn.cli.demo.watch import Course, History
@@ -60,19 +60,16 @@ def _doubles() -> Any:
 def one_layer(network: Network) -> Finding:
     """Show what became one layer with each batch norm."""
     return Finding(
-        "One layer for each batch norm and the ReLU behind it",
-        "fuse replaces each BatchNormalization by ours, and folds into it the ReLU that follows: "
-        "one pass over memory forward, and no mask kept for backward. Weights and names stay.",
-        ("layer", "of", "folded into it"),
+        "One layer for each batch norm and what surrounds it",
+        "fuse replaces each BatchNormalization by ours, and folds into it the addition and the "
+        "ReLU that follow: one pass over memory instead of three. Weights and names stay. explain "
+        "says what was folded, and what was not, and why.",
+        ("batch norm", "folded into it"),
         [
-            (norm.name, type(norm).__module__.partition(".")[0], _folded(norm))
-            for norm in network.norms()
+            (row.name, folded_into(row.residual, row.activation))
+            for row in fbk.explain(network.model)
         ],
     )
-
-
-def _folded(norm: Any) -> str:
-    return getattr(norm, "activation", None) or "nothing"
 
 
 def bright_background(digits: Digits) -> Finding:
@@ -114,16 +111,17 @@ def padding_alone(digits: Digits) -> Finding:
     )
 
 
-def loaded_without_fusebn(network: Network, digits: Digits, model: Path) -> Finding:
-    """Save the weights of the fused model, and load them into the one with Keras's layers."""
-    network.model.save_weights(model)
-    plain = Network(0)
-    plain.model = build(0)  # without an optimizer, for which the file has no weights
-    plain.model.load_weights(model)
+def saved_and_loaded(network: Network, digits: Digits, model: Path) -> Finding:
+    """Save the fused model, load it, and give its weights to the model as it was."""
+    network.model.save(model)
+    loaded, plain = keras.models.load_model(model), Network(0)
+    for layer in plain.model.layers:
+        if layer.weights:
+            layer.set_weights(loaded.get_layer(layer.name).get_weights())
     return findings.reloaded(
-        "Saved, and loaded by who has no fusebn",
-        "The names of the weights are Keras's: the model as it was before fuse loads them, and "
-        "predicts the same to rounding.",
+        "Saved, loaded, and given to Keras's own layers",
+        "A .keras file holds the fused model. The weights of each of its layers fit the layer of "
+        "that name in the model as it was before fuse, which predicts the same to rounding.",
         {"bytes in the file": f"{model.stat().st_size:,}"},
         network.logits(digits.images),
         plain.logits(digits.images),

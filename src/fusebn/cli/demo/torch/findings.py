@@ -13,7 +13,7 @@ from torch import nn
 import fusebn.torch as fbt
 from fusebn.cli.demo import findings
 from fusebn.cli.demo.digits import Digits
-from fusebn.cli.demo.findings import Finding
+from fusebn.cli.demo.findings import Finding, folded_into
 from fusebn.cli.demo.side_by_side import LARGE, side_by_side
 from fusebn.cli.demo.torch.network import Network, tensor_of
 from fusebn.cli.demo.watch import History
@@ -51,13 +51,8 @@ def folded(network: Network) -> Finding:
         "into the batch norm: one pass over memory instead of three. explain says what was "
         "folded, and what was not, and why.",
         ("batch norm", "folded into it"),
-        [(row.name, _with(row.residual, row.activation)) for row in report],
+        [(row.name, folded_into(row.residual, row.activation)) for row in report],
     )
-
-
-def _with(residual: bool, activation: str | None) -> str:
-    parts = ["addition"] * bool(residual) + [activation] * bool(activation)
-    return ", ".join(part for part in parts if part) or "nothing"
 
 
 def frozen(digits: Digits) -> Finding:
