@@ -266,15 +266,21 @@ def like(x: Array, block: Array) -> Array:
     return _resharded(block.reshape(x.shape), kind, kind.sharding.spec)
 
 
+def _cut(shape: tuple[int, ...], axis: int) -> tuple[int, int]:
+    """Return how much lies before the channel axis and after it."""
+    outer, inner = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+    # With one channel all is along one axis, and the core had best know it.
+    return (1, outer * inner) if shape[axis] == 1 else (outer, inner)
+
+
 def block_of(x: Array, axis: int) -> Array:
     """Return x as one problem: [1, outer, channels, inner]."""
-    x = in_one_piece(x)
-    shape = x.shape
-    return x.reshape(1, math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+    outer, inner = _cut(x.shape, axis)
+    return in_one_piece(x).reshape(1, outer, x.shape[axis], inner)
 
 
 def positions_of(weights: Array, x: Array, axis: int) -> Array:
     """Return weights, which broadcast to x and have length 1 for channels, as [1, outer, inner]."""
     shape = x.shape
-    weights = jnp.broadcast_to(weights, (*shape[:axis], 1, *shape[axis + 1 :]))
-    return block_of(weights, axis)[:, :, 0]
+    weights = jnp.broadcast_to(in_one_piece(weights), (*shape[:axis], 1, *shape[axis + 1 :]))
+    return weights.reshape(1, *_cut(shape, axis))

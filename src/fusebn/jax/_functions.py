@@ -202,9 +202,8 @@ def moments(
 def _moments(
     x: Array, weights: Array | None, *, reduced: tuple[int, ...], keepdims: bool, mode: Any
 ) -> list[Array]:
-    count, high, low, variance = _ops.moments_over(x, weights, reduced)
-    counted = count > 0
-    mean, variance = (jnp.where(counted, value, math.nan) for value in (high + low, variance))
+    count, mean, _, variance = _ops.moments_over(x, weights, reduced)
+    mean, variance = (jnp.where(count > 0, value, math.nan) for value in (mean, variance))
     return _returned(reduced, keepdims, mean, variance)
 
 

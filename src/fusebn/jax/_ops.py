@@ -358,7 +358,8 @@ def moments_over(
 ) -> tuple[Array, Array, Array, Array]:
     """Return the count, the mean as high and low, and the biased variance over any set of axes.
 
-    `reduced` is sorted; weights have the rank of x, and length 1 for the kept axes.
+    High is the mean rounded, so low is of use to those only who go on computing. `reduced` is
+    sorted; weights have the rank of x, and length 1 for the kept axes.
     """
     x = in_one_piece(x)
     kept = [axis for axis in range(x.ndim) if axis not in reduced]
@@ -379,8 +380,8 @@ def moments_over(
         return array.reshape([math.prod(part) for part in parts])
 
     found = moments(block(x), None if weights is None else block(weights), 1)
-    (high, low), (variance, rest) = found.batch.reshape(2, 2, *shape)
-    return found.count, high, low, variance + rest
+    (high, low), (variance, _) = found.batch.reshape(2, 2, *shape)
+    return found.count, high, low, variance
 
 
 def _normalization(

@@ -5,8 +5,8 @@ block ``[outer, channels, inner]``, weights ``[outer, inner]``, vectors ``[chann
 textbook in two passes, differentiable as often as one likes. What keeps it safe:
 
 - moments: distances from the mean are summed, never ``E[x^2] - E[x]^2``. The mean is a sum of two
-  numbers, ``high + low``, where low is the mean of ``x - high``: float32 data of 1e6 +- 1 is
-  centred as exactly as it can carry, and the variance cannot be negative.
+  numbers, ``high + low``, found as a rough mean and the mean distance from it: float32 data of
+  1e6 +- 1 is centred as exactly as it can carry, and the variance cannot be negative.
 - normalize: the mean is taken from x before anything else.
 - every division and square root is guarded before it is taken, so that no derivative of a branch
   that is not chosen becomes NaN.
@@ -82,9 +82,10 @@ def _moments(x: Array, weights: Array | None) -> tuple[Array, Array, Array]:
         count = jnp.sum(weights)
         x = jnp.where(w > 0, x, 0)
     n = jnp.where(count > 0, count, 1)
-    high = _sum(w * x) / n
-    low = _sum(w * (x - _spread(high))) / n
-    mean = jnp.stack([high, low])
+    near = _sum(w * x) / n
+    rest = _sum(w * (x - _spread(near))) / n
+    high = near + rest  # the mean, rounded; low is what that lost
+    mean = jnp.stack([high, rest - (high - near)])
     mean = jnp.where(jnp.isfinite(mean), mean, math.nan)
     return count, mean, _sum(w * jnp.square(_centred(x, mean))) / n
 
@@ -117,7 +118,7 @@ def moments_tangent(operands: Arrays, found: Arrays, tangents: Arrays) -> Arrays
         dvariance = jnp.sum(2 * centred * dx, (1, 3)) / n
     if "weights" in tangents:
         dweights = tangents["weights"][:, :, None]
-        variance = (batch[:, 1, 0] + batch[:, 1, 1])[spread]
+        variance = batch[:, 1, 0][spread]
         dcount = jnp.broadcast_to(jnp.sum(dweights, (1, 2, 3)), count.shape)
         dmean = dmean + jnp.sum(centred * dweights, (1, 3)) / n
         dvariance = dvariance + jnp.sum((jnp.square(centred) - variance) * dweights, (1, 3)) / n
@@ -155,7 +156,7 @@ def _preactivation(
 
 def _given(batch: Array) -> tuple[Array, Array]:
     """Return the mean as a pair and the variance."""
-    return batch[0], batch[1, 0] + batch[1, 1]
+    return batch[0], batch[1, 0]
 
 
 def normalize(operands: Arrays, options: Options) -> Arrays:
@@ -211,7 +212,7 @@ def forward(operands: Arrays, options: Options) -> Arrays:
         counted = count > 0
         n = jnp.where(counted, count, 1)
         unbiased = jnp.where(count > options.correction, count - options.correction, n)
-        found = jnp.stack([pair[0] + pair[1], biased * (n / unbiased)])
+        found = jnp.stack([pair[0], biased * (n / unbiased)])
         returned = jnp.where(counted, found, math.nan)
         if given is not None and options.factor != 1:
             mixed = (1 - options.factor) * given + options.factor * found
