@@ -153,13 +153,14 @@ class _Cloning:
             stand_ins |= self._stand_ins(fold)
         if isinstance(model, keras.Sequential):
             layers = [layer for layer in model.layers if stand_ins.get(id(layer)) is not _pass_on]
-            clone = keras.Sequential(
-                [*_inputs_of(model), *map(self._clone_of, layers)], name=model.name
-            )
+            inputs = map(_input_like, model.inputs if model.built else ())
+            clone = keras.Sequential([*inputs, *map(self._clone_of, layers)], name=model.name)
         else:
             with _uncompiled(model):
                 clone = keras.models.clone_model(
-                    model, clone_function=lambda op: stand_ins.get(id(op)) or self._clone_of(op)
+                    model,
+                    input_tensors=keras.tree.map_structure(_input_like, model.input),
+                    clone_function=lambda op: stand_ins.get(id(op)) or self._clone_of(op),
                 )
         _take_state(clone, model, self.clones)
         return clone
@@ -189,12 +190,9 @@ class _Cloning:
         return clone
 
 
-def _inputs_of(model: Any) -> list[Any]:
-    """Return the input of a Sequential model that has one."""
-    if not model.built:
-        return []
-    (x,) = model.inputs
-    return [keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)]
+def _input_like(x: Any) -> Any:
+    """Return an input with the name of the one that made x."""
+    return keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x._keras_history.operation.name)
 
 
 @contextmanager
@@ -217,10 +215,14 @@ def _take_state(clone: Model, model: Model, clones: dict[int, Any]) -> None:
             continue
         _adopt_inside(new)
         for a, b in zip(new.variables, old.variables, strict=True):
-            a.assign(b)
-        pairs = zip(new._flatten_layers(), old._flatten_layers(), strict=False)
-        for a, b in pairs:
+            _copy(b, a)
+        for a, b in zip(new._flatten_layers(), old._flatten_layers(), strict=False):
             a.trainable = b.trainable
+
+
+def _copy(source: Any, target: Any) -> None:
+    # By value: JAX gives the memory of what a step of training reads to what it writes.
+    target.assign(keras.ops.copy(source))
 
 
 def _compile_alike(clone: Model, model: Model) -> None:
@@ -238,7 +240,7 @@ def _compile_alike(clone: Model, model: Model) -> None:
         values = {variable.path: variable for variable in old.variables}
         for variable in new.variables:
             if variable.path in values:
-                variable.assign(values[variable.path])
+                _copy(values[variable.path], variable)
 
 
 # ---- the report ----

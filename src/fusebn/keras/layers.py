@@ -97,9 +97,10 @@ class BatchNormalization(keras.layers.BatchNormalization):
     Notes
     -----
     The weights are Keras's, in its order: ``gamma, beta, moving_mean, moving_variance``, with
-    `renorm` also ``moving_stddev, renorm_mean, renorm_stddev``. Files of weights load both ways; a
-    saved model is loaded as one of Keras's by ``custom_objects={"fusebn>BatchNormalization":
-    keras.layers.BatchNormalization}``, if the layer has nothing that Keras's lacks.
+    `renorm` also ``moving_stddev, renorm_mean, renorm_stddev``. Files of weights load both ways.
+    Where fusebn is not imported, a saved model is loaded with Keras's layer in the place of this
+    one, if this has nothing that Keras's lacks, by ``load_model(path, custom_objects=
+    {"fusebn>BatchNormalization": keras.layers.BatchNormalization})``.
 
     Where it differs from Keras's: a mask is right on any axis and with one channel; a batch of
     which nothing counts leaves the averages alone and yields ``activation(beta + residual)``; a
