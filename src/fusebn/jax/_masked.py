@@ -38,19 +38,20 @@ def batch_norm(
     if axis_name is not None:
         batch = _synchronized.merged(batch, group_of(axis_name, axis_index_groups))
     counted = batch.count > 0
-    used = [batch.mean, batch.low, jnp.where(counted, batch.variance, jnp.inf)]
+    used = batch.batch.at[1, 0].set(jnp.where(counted, batch.batch[1, 0], jnp.inf))
     if is_training is not True:
-        given = mean, jnp.zeros_like(mean), variance
-        used = [jnp.where(is_training, v, old) for v, old in zip(used, given, strict=True)]
-    # The low part of a mean is below the digits that a given one has, so the offset takes it.
-    slope = 1 / jnp.sqrt(used[2] + epsilon)
-    low = used[1] * (slope if scale is None else scale * slope)
+        given = _synchronized.pairs(mean, jnp.zeros_like(mean), variance)
+        used = jnp.where(is_training, used, given)
+    (high, low), biased = used[0], used[1].sum(0)
+    # What a given mean has no digits for, the offset takes.
+    slope = 1 / jnp.sqrt(biased + epsilon)
+    low = low * (slope if scale is None else scale * slope)
     y = functional.batch_norm(
         jnp.where(_along(counted, x, axis), x, 0),
         scale,
         -low if offset is None else offset - low,
-        used[0],
-        used[2],
+        high,
+        biased,
         is_training=False,
         axis=axis,
         epsilon=epsilon,
@@ -84,4 +85,4 @@ def _moments(x: Array, mask: Array, axis: int) -> Moments:
     centred = x - _along(mean, x, axis)
     low = mean_of(centred)
     variance = mean_of(jnp.square(centred - _along(low, x, axis)))
-    return Moments(count, mean, low, variance)
+    return Moments(count, _synchronized.pairs(mean, low, variance))

@@ -63,10 +63,10 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
     -----
     What Flax's layer does otherwise:
 
-    - its variance is ``E[x^2] - E[x]^2`` by default, which loses its digits where the mean is large
-      (of 1e4 and a standard deviation of 1, it says 8), and that of `axis_name` the mean of the
-      devices' own, which is that of the batch only if all have masks of one count. Here both are
-      exact, of the whole batch;
+    - its variance is ``E[x^2] - E[x]^2`` by default, which loses its digits where the mean is
+      large: of 1e4 and a variance of 1, it says 0 or 8. Here it is exact;
+    - along `axis_name` it takes the mean of what the devices have, whatever their masks leave. Here
+      every position of the whole batch counts the same;
     - a batch without any unmasked position makes its averages NaN. Here they stay as they are, and
       y is activation(bias + residual).
 
