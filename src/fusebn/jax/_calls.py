@@ -7,7 +7,6 @@ of the same name; inside :func:`portable` it is that function from the start.
 
 import ctypes
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -49,7 +48,8 @@ def _load() -> str:
 
 
 why_not_loaded = _load()
-_asked = threading.local()
+# Part of the key of every cache of traced and compiled functions.
+_asked = jax.make_user_context(default_value=False)
 
 
 @contextmanager
@@ -72,17 +72,14 @@ def portable() -> Iterator[None]:
     >>> "fusebn" in str(jax.make_jaxpr(serve)(jnp.ones([2, 3])))
     False
     """
-    depth = getattr(_asked, "depth", 0)
-    _asked.depth = depth + 1
-    try:
+    with _asked(True):
         yield
-    finally:
-        _asked.depth = depth
 
 
 def asked_portable() -> bool:
     """Whether a `portable` surrounds the caller."""
-    return getattr(_asked, "depth", 0) > 0
+    asked: bool = _asked.value
+    return asked
 
 
 def support() -> str:
@@ -170,7 +167,8 @@ class Call:
         return dict(zip(results, found, strict=True))
 
     def _run(self, *values: Array, **parameters: Any) -> list[Array]:
-        found: list[Array] = _compiled(self.primitive, tuple(parameters.items()))(*values)
+        with jax.disable_jit(False):  # a call is one operation, which is compiled like JAX's own
+            found: list[Array] = _compiled(self.primitive, tuple(parameters.items()))(*values)
         return found
 
     def _batch(

@@ -194,13 +194,13 @@ def moments(
 ) -> tuple[Array, Array]:
     """See :func:`fusebn.moments`."""
     x, reduced, weights, keepdims = _statistics_arguments("moments", x, axes, weights, keepdims)
-    mean, variance = _moments(x, weights, reduced=reduced, keepdims=keepdims, mode=_ops.mode())
+    mean, variance = _moments(x, weights, reduced=reduced, keepdims=keepdims)
     return mean, variance
 
 
-@partial(jax.jit, static_argnames=("reduced", "keepdims", "mode"), inline=True)
+@partial(jax.jit, static_argnames=("reduced", "keepdims"), inline=True)
 def _moments(
-    x: Array, weights: Array | None, *, reduced: tuple[int, ...], keepdims: bool, mode: Any
+    x: Array, weights: Array | None, *, reduced: tuple[int, ...], keepdims: bool
 ) -> list[Array]:
     count, mean, _, variance = _ops.moments_over(x, weights, reduced)
     mean, variance = (jnp.where(count > 0, value, math.nan) for value in (mean, variance))
@@ -220,9 +220,7 @@ def weighted_moments(
         _spec.fail(ValueError, operation, name, expected, f"shape {weights.shape}")
     shared = all(full[axis] == 1 for axis in range(x.ndim) if axis not in reduced)
     compute = _moments if shared else _moments_of_own_weights
-    mean, variance = compute(
-        x, weights.reshape(full), reduced=reduced, keepdims=keepdims, mode=_ops.mode()
-    )
+    mean, variance = compute(x, weights.reshape(full), reduced=reduced, keepdims=keepdims)
     return mean, variance
 
 
@@ -232,9 +230,9 @@ def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
     )
 
 
-@partial(jax.jit, static_argnames=("reduced", "keepdims", "mode"), inline=True)
+@partial(jax.jit, static_argnames=("reduced", "keepdims"), inline=True)
 def _moments_of_own_weights(
-    x: Array, weights: Array, *, reduced: tuple[int, ...], keepdims: bool, mode: Any
+    x: Array, weights: Array, *, reduced: tuple[int, ...], keepdims: bool
 ) -> list[Array]:
     """Weights that differ between channels, which the core has no verb for: two passes."""
     w = jnp.broadcast_to(weights, x.shape)
@@ -267,14 +265,13 @@ def sufficient_statistics(
         None if full is None else shift.reshape(full),
         reduced=reduced,
         keepdims=keepdims,
-        mode=_ops.mode(),
     )
     return count, mean_ss, variance_ss, shift
 
 
-@partial(jax.jit, static_argnames=("reduced", "keepdims", "mode"), inline=True)
+@partial(jax.jit, static_argnames=("reduced", "keepdims"), inline=True)
 def _sufficient_statistics(
-    x: Array, shift: Array | None, *, reduced: tuple[int, ...], keepdims: bool, mode: Any
+    x: Array, shift: Array | None, *, reduced: tuple[int, ...], keepdims: bool
 ) -> list[Array]:
     count, high, low, variance = _ops.moments_over(x, None, reduced)
     if shift is not None:

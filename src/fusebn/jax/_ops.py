@@ -18,7 +18,6 @@ from jax.interpreters import ad
 from fusebn.jax import _portable
 from fusebn.jax._calls import (
     Call,
-    asked_portable,
     block_of,
     in_one_piece,
     like,
@@ -36,7 +35,6 @@ __all__ = [
     "backward_sums",
     "batch_norm",
     "batch_norm_gradient",
-    "mode",
     "moments",
     "moments_over",
     "normalize",
@@ -230,11 +228,11 @@ def batch_norm(
     return _batch_norm(
         x, scale, offset, mean, variance, residual, weights,
         None if static is not None else is_training,
-        options=options, mode=mode(),
+        options=options,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("options", "mode"), inline=True)
+@partial(jax.jit, static_argnames="options", inline=True)
 def _batch_norm(
     x: Array,
     scale: Array | None,
@@ -246,7 +244,6 @@ def _batch_norm(
     is_training: Array | None,
     *,
     options: Options,
-    mode: Any,
 ) -> BatchNorm:
     operands = _operands(x, options.axis, residual, weights)
     vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
@@ -256,11 +253,6 @@ def _batch_norm(
     return BatchNorm(
         like(x, found["y"]), *(found[name][0] for name in ("mean", "variance", "count"))
     )
-
-
-def mode() -> bool:
-    """Return what a compiled function depends on beside its arguments: is it to be portable?"""
-    return asked_portable()
 
 
 def batch_norm_gradient(
@@ -286,11 +278,11 @@ def batch_norm_gradient(
     return _batch_norm_gradient(
         dy, x, scale, offset, mean, variance, residual, weights, dmean, dvariance,
         None if static is not None else is_training,
-        options=options, mode=mode(),
+        options=options,
     )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("options", "mode"), inline=True)
+@partial(jax.jit, static_argnames="options", inline=True)
 def _batch_norm_gradient(
     dy: Array,
     x: Array,
@@ -305,7 +297,6 @@ def _batch_norm_gradient(
     is_training: Array | None,
     *,
     options: Options,
-    mode: Any,
 ) -> tuple[Array, Array | None, Array | None, Array | None]:
     operands = _operands(x, options.axis, residual, weights)
     operands["training"] = _flag(is_training, options)
