@@ -18,6 +18,7 @@ from jax.interpreters import ad
 from fusebn.jax import _portable
 from fusebn.jax._calls import (
     Call,
+    asked_portable,
     block_of,
     in_one_piece,
     like,
@@ -31,6 +32,7 @@ __all__ = [
     "BatchNorm",
     "Moments",
     "Options",
+    "asked_portable",
     "backward",
     "backward_sums",
     "batch_norm",
