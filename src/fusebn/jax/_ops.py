@@ -204,7 +204,7 @@ class BatchNorm(NamedTuple):
     y: Array
     mean: Array
     variance: Array
-    count: Array  # type: ignore[assignment]  # sum of the weights; 0 outside training
+    count: Array  # sum of the weights; 0 outside training
 
 
 def batch_norm(
@@ -227,11 +227,12 @@ def batch_norm(
     """
     static = is_training if isinstance(is_training, bool) else None
     options = options._replace(training=static)
-    return _batch_norm(
+    found: BatchNorm = _batch_norm(
         x, scale, offset, mean, variance, residual, weights,
         None if static is not None else is_training,
         options=options,
     )  # fmt: skip
+    return found
 
 
 @partial(jax.jit, static_argnames="options", inline=True)
@@ -277,11 +278,12 @@ def batch_norm_gradient(
     """
     static = is_training if isinstance(is_training, bool) else None
     options = options._replace(training=static)
-    return _batch_norm_gradient(
+    gradients: tuple[Array, Array | None, Array | None, Array | None] = _batch_norm_gradient(
         dy, x, scale, offset, mean, variance, residual, weights, dmean, dvariance,
         None if static is not None else is_training,
         options=options,
     )  # fmt: skip
+    return gradients
 
 
 @partial(jax.jit, static_argnames="options", inline=True)
@@ -309,7 +311,7 @@ def _batch_norm_gradient(
     into = {"y": block_of(dy, options.axis)}
     vectors = {"mean": dmean, "variance": dvariance}
     into |= {name: value[None] for name, value in vectors.items() if value is not None}
-    wanted = [name for name in ("x", "residual", "scale", "offset") if name in operands]
+    wanted = [name for name in operands if name in ("x", "residual", "scale", "offset")]
     found = gradients_of(operands, into, wanted, options)
 
     dscale, doffset = (found[name][0] if name in found else None for name in ("scale", "offset"))
@@ -336,7 +338,7 @@ def _operands(x: Array, axis: int, residual: Array | None, weights: Array | None
 class Moments(NamedTuple):
     """Statistics of a batch."""
 
-    count: Array  # type: ignore[assignment]  # sum of the weights
+    count: Array  # sum of the weights
     batch: Array  # mean and biased variance, each as high + low: [2, 2, channels]
 
 

@@ -109,7 +109,9 @@ def moments_tangent(operands: Arrays, found: Arrays, tangents: Arrays) -> Arrays
     if "weights" in operands:
         weights = operands["weights"][:, :, None]
         centred = jnp.where(weights > 0, centred, 0)
-    dmean, dvariance, dcount = 0, 0, jnp.zeros_like(count)
+    dmean: Array = 0
+    dvariance: Array = 0
+    dcount = jnp.zeros_like(count)
     if "x" in tangents:
         dx = _wide(tangents["x"])
         if "weights" in operands:
@@ -182,7 +184,7 @@ def backward_sums(operands: Arrays, options: Options) -> Arrays:
 def backward(operands: Arrays, options: Options) -> Arrays:
     """Return `dx` and `dresidual`, given the sums and the count of all devices."""
     x, g = _into_preactivation(operands, options)
-    count, scale, weights = (operands.get(name) for name in ("count", "scale", "weights"))
+    count, scale, weights = operands["count"], operands.get("scale"), operands.get("weights")
     rstd = rstd_of(_given(operands["batch"])[1], options.epsilon)
     slope = rstd if scale is None else rstd * scale
     share = jnp.where(count > 0, 1 / jnp.where(count > 0, count, 1), 0)

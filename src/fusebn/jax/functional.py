@@ -105,7 +105,7 @@ def batch_norm(
     operation = "batch_norm"
     x = array_of(operation, "x", x)
     axis = _spec.axis_of(operation, "axis", axis, x.shape)
-    arguments = canonical(
+    arguments: Any = canonical(
         operation, x, scale, offset, mean, variance, residual, weights, is_training, axis,
         epsilon, correction, exponential_avg_factor, activation,
     )  # fmt: skip
