@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fusebn.jax import _ops
-from fusebn.jax._calls import varying
+from fusebn.jax._calls import asked_portable, varying
 from fusebn.jax._ops import Moments, Options
 
 Array = Any
@@ -79,10 +79,11 @@ def batch_norm(
     batch = merged(_ops.moments(x, weights, options.axis), group)
     inputs = Inputs(x, scale, offset, mean, variance, residual, weights)
     inputs, used = _vary((inputs, batch), inputs)
-    if _ops.asked_portable():
-        y = _normalize(options, is_training, inputs, used)
+    flag = None if is_training is True else is_training  # None: training for sure
+    if asked_portable():
+        y = _normalize(options, flag, inputs, used)
     else:
-        y = _normalized(options, group, inputs, lax.stop_gradient(used), is_training)
+        y = _normalized(options, group, inputs, lax.stop_gradient(used), flag)
     statistics = returned(batch, mean, variance, is_training, options.factor, options.correction)
     return _ops.BatchNorm(y, *statistics, jnp.where(is_training, batch.count.max(initial=0), 0))
 
@@ -166,7 +167,7 @@ def _used(inputs: Inputs, batch: Moments, is_training: Any) -> tuple[Moments, Ar
     lost = count == 0
     # As if the variance were infinite.
     used = jnp.where(lost, jnp.zeros_like(used).at[1, 0].set(jnp.inf), used)
-    if is_training is not True:
+    if is_training is not None:
         given = pairs(inputs.mean, jnp.zeros_like(inputs.mean), inputs.variance)
         used, count = jnp.where(is_training, used, given), jnp.where(is_training, count, 0)
         lost &= is_training
@@ -243,7 +244,7 @@ def _given_sums(
     slope = rstd if scale is None else scale * rstd
     # What flows into the mean and the variance that normalized x.
     into = -slope * jnp.stack([jnp.ones_like(rstd), jnp.square(rstd) / 2])
-    given = jnp.where(is_training, 0, into * sums)
+    given = jnp.where(True if is_training is None else is_training, 0, into * sums)
     return Inputs(
         dx,
         None if scale is None else rstd * sums[1],
