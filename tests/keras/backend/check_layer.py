@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from steps import BACKEND, numpy, step
+from steps import BACKEND, chosen, numpy, step
 
 import cases
 from conftest import Array, assert_forward, assert_gradients, away_from_kinks, frozen
@@ -45,7 +45,7 @@ def batch(rng: np.random.Generator, shape: Any = IMAGES) -> Array:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+@pytest.mark.parametrize("activation", chosen(cases.ACTIVATIONS, None, "leaky_relu", "gelu"))
 def test_activation_and_residual(
     activation: str | None, residual: bool, rng: np.random.Generator
 ) -> None:

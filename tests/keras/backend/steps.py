@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -12,6 +12,14 @@ from keras import ops
 BACKEND = keras.backend.backend()
 
 Array = Any
+
+
+def chosen(cases: Iterable[Any], *names: Any) -> list[Any]:
+    """Return all cases; on JAX, which compiles each operation of each shape anew, those named.
+
+    What depends on shapes and options alone is the business of the adapter's own tests there.
+    """
+    return [case for case in cases if BACKEND != "jax" or case in names]
 
 
 class Step(NamedTuple):
