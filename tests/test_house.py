@@ -91,7 +91,7 @@ ADAPTER_ARROWS = {
         "linen": {"_flax", "_spec"},
         "nnx": {"_flax", "_spec"},
         "_flax": {"_masked", "_spec", "functional"},
-        "_masked": {"_results", "_synchronized", "functional"},
+        "_masked": {"_ops", "_results", "_synchronized", "functional"},
         "functional": {"_arguments", "_functions", "_ops", "_results", "_spec", "_synchronized"},
         "_synchronized": {"_calls", "_ops"},
         "_functions": {"_arguments", "_ops", "_portable", "_results", "_spec"},

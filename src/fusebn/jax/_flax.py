@@ -6,7 +6,7 @@ neighbours are one axis by a reshape, which costs nothing; others are first brou
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +93,8 @@ def normalize(
     wide = jnp.promote_types(x.dtype, dtype)
     if residual is not None:
         residual = view.to_block(_like_x(residual, x).astype(wide))
-    function, weights = functional.batch_norm, None
+    function: Callable[..., Any] = functional.batch_norm
+    weights = None
     if mask is not None and use_running_average is not True:
         weights = view.to_block(_of_rank(mask, x))
         if weights.shape[view.axis] != 1:

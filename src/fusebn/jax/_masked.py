@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from fusebn._results import FusedBatchNorm
 from fusebn.jax import _synchronized, functional
-from fusebn.jax._synchronized import Moments, group_of
+from fusebn.jax._ops import Moments
+from fusebn.jax._synchronized import group_of
 
 Array = Any
 

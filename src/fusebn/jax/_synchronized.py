@@ -47,15 +47,18 @@ def group_of(axis_name: Any, axis_index_groups: Any) -> Group:
 
 
 class Inputs(NamedTuple):
-    """What y depends on. `mean` and `variance` are the given ones, for what is not training."""
+    """What y depends on; None for what is absent.
+
+    `mean` and `variance` are the given ones, for what is not training.
+    """
 
     x: Array
-    scale: Array | None
-    offset: Array | None
-    mean: Array | None
-    variance: Array | None
-    residual: Array | None
-    weights: Array | None
+    scale: Array
+    offset: Array
+    mean: Array
+    variance: Array
+    residual: Array
+    weights: Array
 
 
 def batch_norm(
@@ -137,8 +140,8 @@ def pairs(high: Array, low: Array, variance: Array) -> Array:
 
 def returned(
     batch: Moments,
-    mean: Array | None,
-    variance: Array | None,
+    mean: Array,
+    variance: Array,
     is_training: Any,
     factor: float,
     correction: float,
@@ -148,7 +151,7 @@ def returned(
     unbiased = batch.count / jnp.where(above, batch.count - correction, 1)
     found = batch.batch.sum(1) * jnp.stack([jnp.ones_like(unbiased), jnp.where(above, unbiased, 1)])
 
-    def one(new: Array, given: Array | None) -> Array:
+    def one(new: Array, given: Array) -> Array:
         if factor == 1:
             new = jnp.where(counted, new, jnp.nan)
         else:
@@ -266,12 +269,10 @@ def _rstd(used: Moments, epsilon: float) -> Array:
 
 def _into_x(options: Options, inputs: Inputs, batch: Moments, into: Array) -> Array:
     """Return the gradient of x, given those of the mean and biased variance of the batch."""
-    nothing = jnp.zeros_like(into[0])
-    count = batch.count.max(initial=0)
-    given = inputs.weights, count, nothing, nothing, *into
-    plain = options._replace(activation="identity")
-    x = inputs.x
-    return _ops.backward(jnp.zeros_like(x), x, batch.batch, None, None, None, *given, plain)[0]
+    x, nothing = inputs.x, jnp.zeros_like(into[0])
+    plain = None, None, None, inputs.weights, batch.count.max(initial=0), nothing, nothing
+    identity = options._replace(activation="identity")
+    return _ops.backward(jnp.zeros_like(x), x, batch.batch, *plain, into[0], into[1], identity)[0]
 
 
 def _into_weights(options: Options, inputs: Inputs, batch: Moments, into: Array) -> Array:

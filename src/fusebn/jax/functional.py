@@ -114,7 +114,9 @@ def batch_norm(
         expected = "be None without `axis_name`"
         _spec.fail(ValueError, operation, "axis_index_groups", expected, repr(axis_index_groups))
     if together:
-        found = _synchronized.batch_norm(*arguments, axis_name, axis_index_groups)
+        found = _synchronized.batch_norm(
+            *arguments, axis_name=axis_name, axis_index_groups=axis_index_groups
+        )
     else:
         found = _ops.batch_norm(*arguments)
     return FusedBatchNorm(found.y, found.mean, found.variance)
