@@ -26,13 +26,19 @@ def side_by_side(
     histories: Mapping[str, History],
     steps: Mapping[str, Step],
     exact: Iterable[float],
+    *,
+    gives_back: bool = True,
 ) -> Finding:
     """Compare trainings from the same seed, and one step of each on LARGE images.
 
-    `exact` has the losses of the same training in float64.
+    `exact` has the losses of the same training in float64. Where the framework does not give memory
+    back to the system after a step (`gives_back`), what a step takes cannot be seen.
     """
     losses = np.array(list(islice(exact, FIRST)))
-    seconds, memory = _seconds(steps), {name: _memory(step) for name, step in steps.items()}
+    seconds, memory = (
+        _seconds(steps),
+        {name: _memory(step) if gives_back else "-" for name, step in steps.items()},
+    )
     return Finding(
         title,
         f"{lesson} Off is the largest distance of the first {FIRST} losses from those of the same "

@@ -47,7 +47,7 @@ def one_program(networks: tuple[Network, Network], digits: Digits) -> Finding:
     """Count what is compiled to run a network in both modes."""
     rows = []
     for name, network in zip(NAMES, networks, strict=True):
-        run = jax.jit(network.apply, static_argnames=() if name == "ours" else "training")
+        run: Any = jax.jit(network.apply, static_argnames=() if name == "ours" else "training")
         images = network.images(digits.images)
         for training in (True, False):
             run(network.variables, images, training=training)

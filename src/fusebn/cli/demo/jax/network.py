@@ -80,7 +80,7 @@ class Model(nn.Module):
         return self._norm(f"{name}.norm2", scale=0.0)(y, training, shortcut)
 
     def _convolution(self, x: Any, out: int, name: str, side: int = 3, stride: int = 1) -> Any:
-        options = {"use_bias": False, "kernel_init": _KERNEL, "name": name}
+        options: dict[str, Any] = {"use_bias": False, "kernel_init": _KERNEL, "name": name}
         return nn.Conv(out, (side, side), stride, **options, **self._kinds())(x)
 
     def _kinds(self) -> dict[str, Any]:
@@ -118,7 +118,8 @@ class Network:
         step: tuple[Variables, Any, Any] = self._step(
             self.variables, self._velocity, images, digits.labels, rate
         )
-        return jax.block_until_ready(step)
+        jax.block_until_ready(step)
+        return step
 
     def images(self, rows: Array) -> Any:
         """Return rows of pixels as images."""

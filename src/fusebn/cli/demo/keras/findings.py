@@ -37,6 +37,7 @@ def before_and_after(histories: tuple[History, History], course: Course) -> Find
             for name, fused in zip(names, (False, True), strict=True)
         },
         _exact(course),
+        gives_back=keras.backend.backend() != "tensorflow",
     )
 
 
