@@ -202,7 +202,9 @@ def test_public_names_are_sorted_documented_and_shown():
             assert "Examples\n--------" in text, name
 
 
-@pytest.mark.parametrize("module", ["_numpy", "tensorflow._functions", "torch._functions"])
+@pytest.mark.parametrize(
+    "module", ["_numpy", "jax._functions", "tensorflow._functions", "torch._functions"]
+)
 def test_functions_take_what_their_adapter_takes(module):
     adapter_module = import_module(f"fusebn.{module}")
     assert adapter_module.__all__ == _numpy.__all__

@@ -7,7 +7,7 @@ of the same name; inside :func:`portable` it is that function from the start.
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -92,7 +92,7 @@ def support() -> str:
 # ---- one call ----
 
 
-def _in_order(names: Any, last: str = "") -> tuple[str, ...]:
+def _in_order(names: Iterable[str]) -> tuple[str, ...]:
     known = {name: index for index, name in enumerate(ITEMS)}
     return tuple(sorted(names, key=lambda name: known.get(name, len(known))))
 
