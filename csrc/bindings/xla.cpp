@@ -49,7 +49,7 @@ class GradualUnderflow {
 };
 
 // XLA's threads, lent for a call. The caller, who may be one of them, works too. As fast as our own
-// pool (32x28x28x512 and 32x112x112x64, both ways), and no more threads than XLA was given.
+// pool (forward, 32x28x28x512 and 32x112x112x64), and no more threads than XLA was given.
 class Lent final : public Executor {
  public:
   explicit Lent(ffi::ThreadPool& threads)
