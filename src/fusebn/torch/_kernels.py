@@ -75,7 +75,7 @@ _follows_torch = not os.environ.get("FUSEBN_NUM_THREADS")
 def openmp() -> int:
     """Return where PyTorch's OpenMP runtime starts its threads, or 0 if it has none."""
     # What the library depends on is searched too, so that this is the runtime PyTorch uses.
-    start = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    start: Any = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
     return ctypes.cast(start, ctypes.c_void_p).value or 0
 
 
