@@ -215,7 +215,8 @@ void py_backward_sums(int type, int64_t outer, int64_t channels, int64_t inner, 
   with_type(type, [&]<class T>() {
     const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
     verbs<T>().backward_sums(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
-                             sum_g.as<double>(), sum_g_x.as<double>(), threads_of(lent));
+                             sum_g.as<double>(), sum_g_x.as<double>(), nullptr,
+                             threads_of(lent));
   });
 }
 
