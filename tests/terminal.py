@@ -26,7 +26,7 @@ def type_in(*args: object, command: list[str] = COMMAND, **env: str) -> Result:
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "80", **env},
-        timeout=120,
+        timeout=240,
     )
     assert "Traceback" not in process.stderr, process.stderr
     return Result(process.returncode, process.stdout, process.stderr)

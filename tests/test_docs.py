@@ -33,6 +33,8 @@ def test_there_are_examples():
     assert len(examples) > 40
 
 
+# Keras makes arrays of TensorFlow's tensors in a way that NumPy 2 warns of.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
 def test_snippets(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

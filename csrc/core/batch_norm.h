@@ -40,12 +40,15 @@ enum class Activation { identity, relu, relu6, leaky_relu, silu, gelu };
 template <class T>
 struct Normalization {
   const double* mean;
-  const double* rstd;  // 1 / sqrt(variance + epsilon), and 0 where variance + epsilon is 0
+  const double* rstd;  // see to_rstd
   const Stat<T>* scale;
   const Stat<T>* offset;
   const T* residual;
   Activation activation;
 };
+
+// 1 / sqrt(variance + epsilon), and 0 where variance + epsilon is 0.
+void to_rstd(const double* variance, double epsilon, int64_t n, double* rstd);
 
 // What flows back into the statistics of a batch; all of it is [channels].
 struct StatisticsGradient {
@@ -155,7 +158,7 @@ struct Gradient {
   const Stat<T>* dvariance;
   double correction;
   double factor;
-  T* dx;
+  T* dx;            // null: not wanted, and dresidual neither
   T* dresidual;     // null: not wanted
   Stat<T>* dscale;  // null: not wanted, as all that follow
   Stat<T>* doffset;

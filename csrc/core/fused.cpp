@@ -38,6 +38,8 @@ const double* scaled(const S* from, double factor, int64_t n, double* to) {
   return to;
 }
 
+}  // namespace
+
 void to_rstd(const double* variance, double epsilon, int64_t n, double* rstd) {
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
@@ -45,8 +47,6 @@ void to_rstd(const double* variance, double epsilon, int64_t n, double* rstd) {
     rstd[i] = shifted == 0 ? 0 : 1 / std::sqrt(shifted);
   }
 }
-
-}  // namespace
 
 template <class T>
 double forward(const Forward<T>& f, Executor& executor) {
@@ -151,6 +151,7 @@ void gradient(const Gradient<T>& f, Executor& executor) {
       f.dgiven_variance[c] = S(kept * (f.dvariance ? double(f.dvariance[c]) : 0) - direct);
     }
 
+  if (!f.dx) return;
   // Of what flows into the returned statistics, this much flows on into the batch's.
   const double unbiased = count > f.correction ? count / (count - f.correction) : 1;
   const StatisticsGradient statistics{

@@ -15,9 +15,20 @@
 #include <vector>
 
 namespace fusebn {
-namespace {
 
+namespace {
 constexpr int64_t kPage = 2 << 20;
+}
+
+void want_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+namespace {
 
 struct Waiting {
   void* buffer;
@@ -51,9 +62,7 @@ void* map_pages(int64_t bytes) {
   const int64_t head = (kPage - int64_t(reinterpret_cast<uintptr_t>(mapped) % kPage)) % kPage;
   if (head) munmap(mapped, head);
   if (head != kPage) munmap(mapped + head + bytes, kPage - head);
-#ifdef MADV_HUGEPAGE
-  madvise(mapped + head, bytes, MADV_HUGEPAGE);
-#endif
+  want_huge_pages(mapped + head, bytes);
   return mapped + head;
 }
 

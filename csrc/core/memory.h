@@ -21,6 +21,10 @@ struct PoolStatistics {
 void* take_buffer(int64_t bytes);
 void give_back_buffer(void* buffer, int64_t bytes);
 
+// Asks the system to back what it has not mapped yet of [data, data + bytes) by pages of 2 MiB: for
+// outputs that somebody else has allocated. A hint; what is mapped stays as it is.
+void want_huge_pages(void* data, int64_t bytes);
+
 PoolStatistics pool_statistics();
 void set_pool_limit(int64_t bytes);  // what waits beyond it is returned to the system
 void empty_pool();

@@ -1,17 +1,9 @@
 // parallel.cpp: a pool of threads that nobody ever waits for in vain.
 //
-// Method. A job is a counter of tasks. Whoever works on it, the caller included, claims the next
-// index until none is left; the caller then waits only for indices that somebody has claimed. A
-// worker that has not woken up has claimed nothing, so a busy machine costs its share of the work
-// and no more. (A static split behind a barrier stalls for a whole scheduling slice, 8 ms and up,
-// whenever another process holds one of the cores.)
-//
-// Safety. `task` lives on the caller's stack and is called only between a claim and its
-// completion, while the caller waits. The job itself is shared, since a worker may look at it after
-// the caller has left. The pool is never destroyed: at exit its threads sleep on memory that stays.
-// After a fork the child has no workers and perhaps a locked mutex, so it forgets the pool it
-// inherited and builds another when it needs one. It forgets lent threads, too: a parent's OpenMP
-// hangs in the child.
+// A job (job.h) stands in a queue once for each worker it can use. The pool is never destroyed: at
+// exit its threads sleep on memory that stays. After a fork the child has no workers and perhaps a
+// locked mutex, so it forgets the pool it inherited and builds another when it needs one. It forgets
+// lent threads, too: a parent's OpenMP hangs in the child.
 //
 // Lent threads claim the tasks of a job in the same way, but their runtime has all of them meet at a
 // barrier. Where another process holds a core, the caller waits there for a scheduling slice. So
@@ -31,31 +23,10 @@
 #include <system_error>
 #include <thread>
 
+#include "job.h"
+
 namespace fusebn {
 namespace {
-
-struct Job {
-  Job(int64_t count, Task task) : count(count), task(task) {}
-
-  // Works on the job until no index is left to claim.
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      task(i);
-      if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == count) done.notify_all();
-    }
-  }
-
-  void wait() {
-    for (int64_t seen; (seen = done.load(std::memory_order_acquire)) < count;) done.wait(seen);
-  }
-
-  bool exhausted() const { return next.load(std::memory_order_relaxed) >= count; }
-
-  const int64_t count;
-  const Task task;
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
-};
 
 int cores_we_may_use() {
 #ifdef __linux__

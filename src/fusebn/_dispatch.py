@@ -13,6 +13,8 @@ from fusebn import _spec
 
 # Package of the array's type -> module that serves it.
 _ADAPTERS = {
+    "jax": "fusebn.jax._functions",
+    "jaxlib": "fusebn.jax._functions",
     "numpy": "fusebn._numpy",
     "tensorflow": "fusebn.tensorflow._functions",
     "torch": "fusebn.torch._functions",

@@ -12,8 +12,8 @@ from fusebn import _core
 _SUPPORT = {
     "numpy": "native kernels",
     "torch": "native kernels on the CPU; PyTorch's own on other devices (untested)",
-    "jax": "none in this version",
-    "keras": "none in this version",
+    "jax": "native calls and composite; info() after `import fusebn.jax` tells which",
+    "keras": "a layer that runs as its backend's tensors do: TensorFlow's, JAX's or PyTorch's",
     "tensorflow": "native op and composite; info() after `import fusebn.tensorflow` tells which",
 }
 

@@ -11,7 +11,8 @@ import torch
 
 import fusebn.torch as fbt
 from fusebn.cli.demo.digits import split
-from fusebn.cli.demo.torch.network import Model, Network, patches, tensor_of
+from fusebn.cli.demo.images import patches
+from fusebn.cli.demo.torch.network import Model, Network, tensor_of
 from terminal import Demo, Page, printed_rows, type_in_demo, type_in_without_space
 
 OPTIONS = ("--framework", "torch", "--seed", 5, "--epochs", 2)

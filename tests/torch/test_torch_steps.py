@@ -273,7 +273,7 @@ def test_every_way_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     @contextmanager
-    def started(pairs: list[tuple[str, str]]) -> Iterator[list[Worker]]:
+    def started(pairs: list[tuple[str, str]], environment: object) -> Iterator[list[Worker]]:
         asked.extend(pairs)
         workers = [Planted(0) for _ in pairs]
         for worker, (_, memory) in zip(workers, pairs, strict=True):

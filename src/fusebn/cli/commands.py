@@ -52,11 +52,11 @@ def info(as_json: bool) -> None:
 @cli.command()
 @click.option(
     "--framework",
-    type=click.Choice(["numpy", "tensorflow", "torch"]),
+    type=click.Choice(["numpy", "torch", "jax", "keras", "tensorflow"]),
     default="numpy",
     show_default=True,
-    help="What the network is written in; TensorFlow: a graph with a session; PyTorch: as it is, "
-    "and after fusebn.torch.fuse.",
+    help="What the network is written in. PyTorch, JAX, Keras: with its own batch norms, and with "
+    "ours; Keras on the backend of KERAS_BACKEND. TensorFlow: a graph with a session.",
 )
 @click.option(
     "--seed",
@@ -68,7 +68,7 @@ def info(as_json: bool) -> None:
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    show_default="20; with torch 5",
+    show_default="20; with torch, jax and keras 5",
     help="Passes over the training digits.",
 )
 @click.option(

@@ -26,7 +26,7 @@ from fusebn.cli.bench.machine import described, file_stem, machine
 from fusebn.cli.bench.peers import PEERS, installed
 from fusebn.cli.bench.results import Results
 from fusebn.cli.bench.runner import Plan, measure
-from fusebn.cli.bench.suites import FRAMEWORKS
+from fusebn.cli.bench.suites import EXTRAS, FRAMEWORKS
 from fusebn.cli.bench.worker import Unable, Worker, memories, started
 
 QUICK_SECONDS = 42  # from the start of the command; the rest of the minute is for the last case
@@ -73,11 +73,25 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Instead: calls, layers, residual blocks and ResNet-50 in PyTorch, ours against its own.",
 )
 @click.option(
+    "--jax",
+    "framework",
+    flag_value="jax",
+    help="Instead: layers in training and in inference under jit, ours against Flax's.",
+)
+@click.option(
+    "--keras",
+    "framework",
+    flag_value="keras",
+    help="Instead: layers and a small ResNet on each backend of Keras, ours against its own.",
+)
+@click.option(
     "--part",
     "parts",
     multiple=True,
-    type=click.Choice([suite.part for suite in FRAMEWORKS["torch"]]),
-    help="With --torch: this alone, which has files of its own.",
+    type=click.Choice(
+        list(dict.fromkeys(s.part for suites in FRAMEWORKS.values() for s in suites if s.part))
+    ),
+    help="With --torch, --jax or --keras: this alone, which has files of its own.",
 )
 @click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
 @click.option("--json", "json_path", type=_FILE, help="Write the results here.")
@@ -116,8 +130,8 @@ def bench(
         )
     elif (plot_path or out) and not find_spec("matplotlib"):
         raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
-    if parts and framework != "torch":
-        raise click.UsageError("--part goes with --torch")
+    if parts and framework in (None, "tensorflow"):
+        raise click.UsageError("--part goes with --torch, --jax or --keras")
     console = Console(highlight=False)
     where = machine()
     if framework:
@@ -171,9 +185,10 @@ def _no_verbs(framework: str, options: dict[str, object]) -> None:
     for option, given in options.items():
         if given:
             raise click.UsageError(f"{option} does not go with --{framework}, which has no verbs")
-    if not find_spec(framework):
+    extra, packages = EXTRAS[framework]
+    if not all(map(find_spec, packages)):
         raise click.UsageError(
-            f"--{framework} needs it installed: pip install 'fusebn[cli,{framework}]'"
+            f"--{framework} needs {' and '.join(packages)}: pip install 'fusebn[cli,{extra}]'"
         )
 
 

@@ -1,8 +1,9 @@
-"""`fusebn bench --tensorflow` and `--torch`: which suites, which cases, whose processes."""
+"""`fusebn bench --tensorflow`, `--torch`, `--jax` and `--keras`: which suites, cases, processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -32,12 +33,29 @@ class Wish(NamedTuple):
 
 def plans(wish: Wish) -> list[tuple[Suite, Plan]]:
     """Return the suites, and what to measure of each."""
-    suites = [s for s in FRAMEWORKS[wish.framework] if s.part in (wish.parts or (s.part,))]
+    suites = _suites(wish)
     if len(suites) > 1 and (wish.shapes or not wish.may_be_several):
         option = "--shape" if wish.shapes else "--json"
         names = ", ".join(suite.part for suite in suites)
         raise click.UsageError(f"{option} needs one --part: {names}")
     return [(suite, _plan(suite, wish)) for suite in suites]
+
+
+def _suites(wish: Wish) -> list[Suite]:
+    all_of_them = FRAMEWORKS[wish.framework]
+    here = [suite for suite in all_of_them if not suite.backend or find_spec(suite.backend)]
+    for part in wish.parts:
+        if part not in (suite.part for suite in all_of_them):
+            names = ", ".join(suite.part for suite in all_of_them)
+            raise click.UsageError(f"the parts of --{wish.framework} are {names}; got {part}")
+        if part not in (suite.part for suite in here):
+            backend = part.partition("-")[0]
+            raise click.UsageError(
+                f"--part {part} needs {backend}: pip install 'fusebn[{backend}]'"
+            )
+    if not here:
+        raise click.UsageError("Keras has no backend: pip install 'fusebn[jax]'")
+    return [suite for suite in here if suite.part in (wish.parts or (suite.part,))]
 
 
 def _plan(suite: Suite, wish: Wish) -> Plan:
@@ -67,7 +85,8 @@ def run(
             console.print(f"\nNo time was left for {suite.title}: --part {suite.part}")
             continue
         crews = _crews(suite, quick)
-        with started([(suite.peer, memory) for memory, _ in crews]) as workers:
+        pairs = [(suite.peer, memory) for memory, _ in crews]
+        with started(pairs, suite.environment) as workers:
             with console.status(f"importing {suite.framework}"):
                 for worker in workers:
                     try:

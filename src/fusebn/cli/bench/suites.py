@@ -47,11 +47,17 @@ class Suite(NamedTuple):
     memories: tuple[str, ...] = ("warm", "fresh")
     apart: bool = False  # every step in a process of its own, so that its memory is its own
     oracle: bool = True  # whether the oracle judges the answers; else the first of them does
+    backend: str = ""  # of Keras: a process has one
 
     @property
     def tiny(self) -> bool:
         """Whether its times are those of calls and not of memory."""
         return any(step.calls > 1 for step in self.steps.values())
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its processes must find."""
+        return {"KERAS_BACKEND": self.backend} if self.backend else {}
 
     @property
     def part(self) -> str:
@@ -189,8 +195,112 @@ by that of the network after fusebn.torch.fuse with the same kind of memory.
     oracle=False,
 )
 
+JAX_LAYERS = Suite(
+    "jax-layers",
+    "Layers in training",
+    "JAX",
+    "jax_layers",
+    _steps(
+        Step("fusebn", "fusebn", "fusebn"),
+        Step("flag", "fusebn, a traced flag", "fusebn"),
+        Step("flax", "Flax", "fusebn"),
+        Step("fusebn-chain", "fusebn, with residual and ReLU", "fusebn-chain", CHAIN),
+        Step("chain", "Flax, with residual and ReLU", "fusebn-chain", CHAIN),
+    ),
+    """\
+Linen's layers in training, forward and backward in one jitted function, which
+returns y, all gradients and the new running averages. A ratio is the time of
+Flax's layer (with a residual and ReLU: of what XLA makes of the three) divided
+by that of ours with the same kind of memory.
+"""
+    + MEMORY_NOTE,
+    RESNET50,
+    ("32x56x56x64", "32x14x14x1024"),
+)
+
+JAX_INFERENCE = Suite(
+    "jax-inference",
+    "Layers in inference",
+    "JAX",
+    "jax_layers",
+    _steps(
+        Step("fusebn", "fusebn", "fusebn", ("inference",)),
+        Step("flax", "Flax, fused by XLA", "fusebn", ("inference",)),
+    ),
+    """\
+Linen's layers in inference, jitted: XLA makes one loop of Flax's. A ratio is
+its time divided by ours.
+"""
+    + MEMORY_NOTE,
+    RESNET50,
+    ("32x56x56x64", "32x14x14x1024"),
+)
+
+
+def _keras(backend: str) -> tuple[Suite, Suite]:
+    """Return what is measured on a backend of Keras."""
+    verbs = ("forward+relu", "backward+relu")
+    layers = Suite(
+        f"keras-{backend}",
+        "Batch norm and ReLU, a training step",
+        "Keras",
+        "keras_layers",
+        _steps(
+            Step("fusebn", "fusebn, activation='relu'", "fusebn", verbs),
+            Step("keras", "Keras, two layers", "fusebn", verbs),
+        ),
+        """\
+Forward, backward and the update of the moving statistics, as `fit` runs them: in
+a tf.function, jitted by JAX, or eagerly in PyTorch. A ratio is the time of
+Keras's BatchNormalization and ReLU divided by that of our one layer.
+"""
+        + MEMORY_NOTE,
+        RESNET50,
+        ("32x56x56x64", "32x14x14x1024"),
+        ("channels-last",),
+        USUAL_DTYPES[:1],
+        backend=backend,
+    )
+    fit = Suite(
+        f"keras-{backend}-fit",
+        "ResNet-20, an epoch of fit",
+        "Keras",
+        "keras_networks",
+        _steps(
+            Step("keras", "Keras", "fusebn"),
+            Step("fusebn", "fusebn.keras.fuse", "fusebn"),
+        ),
+        """\
+The ResNet of 20 layers for small images, in batches of 64. Before it is timed,
+each way trains on the same images from the same start, and its losses must be
+Keras's to rounding. A ratio is the time of an epoch divided by that of the
+model after fusebn.keras.fuse.
+"""
+        + MEMORY_NOTE,
+        ("256x32x32x3",),
+        ("64x32x32x3",),
+        ("channels-last",),
+        USUAL_DTYPES[:1],
+        apart=True,
+        oracle=False,
+        backend=backend,
+    )
+    return layers, fit
+
+
+KERAS = {backend: _keras(backend) for backend in ("tensorflow", "torch", "jax")}
+
 # What an option of `fusebn bench` stands for.
 FRAMEWORKS = {
     "tensorflow": (TENSORFLOW,),
     "torch": (TORCH_CALLS, TORCH_LAYERS, TORCH_INFERENCE, TORCH_RESNET),
+    "jax": (JAX_LAYERS, JAX_INFERENCE),
+    "keras": tuple(suite for suites in KERAS.values() for suite in suites),
+}
+# The extra that brings what an option needs, and the packages that tell whether it is there.
+EXTRAS = {
+    "tensorflow": ("tensorflow", ("tensorflow",)),
+    "torch": ("torch", ("torch",)),
+    "jax": ("flax", ("jax", "flax")),
+    "keras": ("keras", ("keras",)),
 }

@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
@@ -46,14 +46,16 @@ class Unable(Exception):
 class Worker:
     """The near end: one peer with one kind of memory."""
 
-    def __init__(self, peer: str, memory: str, threads: int) -> None:
+    def __init__(
+        self, peer: str, memory: str, threads: int, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.peer, self.memory, self.version = peer, memory, ""
         self._pipe, far = Pipe()
         command = [sys.executable, "-m", __name__, str(far.fileno()), peer, str(threads)]
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **quiet, **MEMORY[memory]},
+            env={**os.environ, **quiet, **MEMORY[memory], **(environment or {})},
             pass_fds=[far.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -106,12 +108,14 @@ class Worker:
 
 
 @contextmanager
-def started(pairs: Sequence[tuple[str, str]]) -> Iterator[list[Worker]]:
+def started(
+    pairs: Sequence[tuple[str, str]], environment: Mapping[str, str] | None = None
+) -> Iterator[list[Worker]]:
     """Start workers, each a peer with one kind of memory, and end them whatever happens."""
     workers: list[Worker] = []
     try:
         for peer, memory in pairs:
-            workers.append(Worker(peer, memory, fusebn.get_num_threads()))
+            workers.append(Worker(peer, memory, fusebn.get_num_threads(), environment))
         yield workers
     finally:
         for worker in workers:

@@ -5,7 +5,7 @@ Here is what any framework's network can show; the rest stands beside each netwo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from fusebn.cli.demo.digits import Digits
 from fusebn.cli.demo.network import CHUNK, CORRECTION, Array, First, Network
 
 _BATCH_SIZES = (1, 2, 4, 16, 64)
+_BACKGROUNDS = (0, 100, 1000, 10_000)
 
 
 class Finding(NamedTuple):
@@ -92,6 +93,33 @@ def batch_size_one(network: Network, digits: Digits) -> Finding:
         [
             (str(size), share_right(size, True), share_right(size, False))
             for size in (*_BATCH_SIZES, len(digits.labels))
+        ],
+    )
+
+
+def folded_into(residual: bool, activation: str | None) -> str:
+    """Name what `fuse` made a part of a batch norm."""
+    parts = ["addition"] * residual + [activation or ""]
+    return ", ".join(part for part in parts if part) or "nothing"
+
+
+def far_from_zero(
+    layers: Mapping[str, Callable[[Array], Array]], digits: Digits, lesson: str
+) -> Finding:
+    """Normalize pixels on brighter and brighter backgrounds: the standard deviation must be 1."""
+    images = digits.images.reshape(-1, 8, 8, 1)
+
+    def deviation(normalize: Callable[[Array], Array], background: int) -> str:
+        return f"{np.std(normalize(images + np.float32(background)), dtype=np.float64):.4f}"
+
+    return Finding(
+        "A bright background",
+        f"{lesson} The pixels of the held-out images, 0 to 1, with a number added, normalized by "
+        f"one layer in training mode. Their standard deviation should stay the same.",
+        ("added", *layers),
+        [
+            (f"{background:,}", *(deviation(layer, background) for layer in layers.values()))
+            for background in _BACKGROUNDS
         ],
     )
 

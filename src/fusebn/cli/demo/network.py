@@ -4,7 +4,7 @@
 
     images -> Dense -> batch norm + ReLU -> Dense -> batch norm + ReLU -> Dense -> logits
 
-(With PyTorch it is a small convolutional one, as `fuse` is made for those.)
+(With PyTorch, JAX and Keras it is a small convolutional one: see `images`.)
 """
 
 from __future__ import annotations

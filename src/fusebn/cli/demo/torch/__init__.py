@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from fusebn.cli.demo.findings import inference_leaves_no_trace
+from fusebn.cli.demo.images import EPOCHS, RESIDUAL
 from fusebn.cli.demo.torch.findings import (
     before_and_after,
     folded,
@@ -16,10 +17,11 @@ from fusebn.cli.demo.torch.findings import (
 from fusebn.cli.demo.torch.network import Network
 from fusebn.cli.demo.watch import Course, Study, watch
 
+__all__ = ["EPOCHS", "FRAMEWORK", "MODEL", "NETWORK", "study"]
+
 FRAMEWORK = f"PyTorch {torch.__version__}"
+NETWORK = RESIDUAL
 MODEL = ".pt"
-EPOCHS = 5
-NETWORK = "Convolutions with two residual blocks, batch normalization and ReLU."
 
 
 def study(course: Course, model: Path) -> Study:

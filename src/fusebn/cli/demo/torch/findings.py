@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from copy import deepcopy
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 
-import numpy as np
 import torch
 from torch import nn
 
 import fusebn.torch as fbt
 from fusebn.cli.demo import findings
 from fusebn.cli.demo.digits import Digits
-from fusebn.cli.demo.findings import Finding, percent
-from fusebn.cli.demo.schedule import steps_per_epoch
+from fusebn.cli.demo.findings import Finding, folded_into
+from fusebn.cli.demo.side_by_side import LARGE, side_by_side
 from fusebn.cli.demo.torch.network import Network, tensor_of
 from fusebn.cli.demo.watch import History
-from fusebn.cli.resident import resident
-
-_ROUNDS = 8
-_FIRST = 20  # steps
-_LARGE = 1024  # images: tensors of some MiB, as those of larger networks are
 
 
 def before_and_after(
@@ -34,39 +26,19 @@ def before_and_after(
     training: Digits,
 ) -> Finding:
     """Compare the network with the same one after `fuse`: what it learned, and what it cost."""
-    images = tensor_of(training.images[:_LARGE])
-    labels = torch.from_numpy(training.labels[:_LARGE])
-    networks = {"as it is": deepcopy(plain[0]), "after fuse": deepcopy(fused[0])}
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for _ in range(_ROUNDS):
-        for name, network in networks.items():
-            start = perf_counter()
-            network.step(images, labels)
-            seconds[name].append(perf_counter() - start)
-    memory = {}
-    for name, network in networks.items():
-        found = resident(lambda network=network: network.step(images, labels))  # type: ignore[misc]
-        memory[name] = f"{(found.peak - found.before) / 2**20:.0f} MiB" if found else "-"
-    epoch = steps_per_epoch(training)
-    losses = np.array(list(islice(exact, _FIRST)))
-    return Finding(
+    images = tensor_of(training.images[:LARGE])
+    labels = torch.from_numpy(training.labels[:LARGE])
+    trained = {"as it is": plain, "after fuse": fused}
+    return side_by_side(
         "Before and after fusebn.torch.fuse",
-        f"The same model, seed and batches, without and with one line: model = fuse(model). Off "
-        f"is the largest distance of the first {_FIRST} losses from those of the same training in "
-        f"float64. Time and memory are those of a training step of {_LARGE} images, in turns, on "
-        f"one thread: the median, and the most memory that a step took.",
-        ("network", "held out", "last loss", "off", "a step", "its memory"),
-        [
-            (
-                name,
-                percent(history.accuracy[-1]),
-                f"{np.mean(history.loss[-epoch:]):.4f}",
-                f"{np.abs(history.loss[:_FIRST] - losses).max():.0e}",
-                f"{1e3 * median(seconds[name]):.1f} ms",
-                memory[name],
-            )
-            for name, (_, history) in zip(networks, (plain, fused), strict=True)
-        ],
+        "The same model, seed and batches, without and with one line: model = fuse(model). One "
+        "thread.",
+        {name: history for name, (_, history) in trained.items()},
+        {
+            name: partial(deepcopy(network).step, images, labels)
+            for name, (network, _) in trained.items()
+        },
+        exact,
     )
 
 
@@ -79,18 +51,13 @@ def folded(network: Network) -> Finding:
         "into the batch norm: one pass over memory instead of three. explain says what was "
         "folded, and what was not, and why.",
         ("batch norm", "folded into it"),
-        [(row.name, _with(row.residual, row.activation)) for row in report],
+        [(row.name, folded_into(row.residual, row.activation)) for row in report],
     )
-
-
-def _with(residual: bool, activation: str | None) -> str:
-    parts = ["addition"] * bool(residual) + [activation] * bool(activation)
-    return ", ".join(part for part in parts if part) or "nothing"
 
 
 def frozen(digits: Digits) -> Finding:
     """Show that `freeze` survives train(), which eval() does not."""
-    images = tensor_of(digits.images[:_LARGE])
+    images = tensor_of(digits.images[:LARGE])
 
     def changed(stop: str) -> str:
         """Return how many bytes of the statistics a step of fine-tuning changes."""

@@ -5,19 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 import fusebn.torch as fbt
 from fusebn.cli.demo.digits import Digits
+from fusebn.cli.demo.images import NESTEROV, OVER_ADAM, SIDE, WIDTHS, patches
 from fusebn.cli.demo.network import DECAY, EPSILON, Array, First
 from fusebn.cli.demo.schedule import RATE, batches
-
-SIDE = 8  # pixels
-WIDTHS = (16, 32)
-_OVER_ADAM = 30  # the rates of the schedule are Adam's; SGD takes larger ones
 
 
 def convolution(channels: int, out: int, stride: int = 1) -> nn.Conv2d:
@@ -76,12 +71,6 @@ def tensor_of(images: Array) -> Tensor:
     return images_4d.contiguous(memory_format=torch.channels_last)
 
 
-def patches(images: Array) -> Array:
-    """Return what the first convolution sees at each pixel, in rows."""
-    padded = np.pad(images.reshape(-1, SIDE, SIDE), ((0, 0), (1, 1), (1, 1)))
-    return sliding_window_view(padded, (3, 3), axis=(1, 2)).reshape(-1, 9)
-
-
 class Network:
     """A model, ours after one line, with its training."""
 
@@ -93,16 +82,15 @@ class Network:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model = fbt.fuse(model) if fused else model
         self._dtype = dtype
-        # Not Adam: it scales every gradient to the size of its noise, the roundings too.
         self._optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=RATE, momentum=0.9, nesterov=True
+            self.model.parameters(), lr=RATE, momentum=NESTEROV, nesterov=True
         )
 
     def train(self, digits: Digits, epochs: int, seed: int) -> Iterator[float]:
         """Train, and yield the loss of each step."""
         for batch, rate in batches(digits, epochs, seed):
             for group in self._optimizer.param_groups:
-                group["lr"] = rate * _OVER_ADAM
+                group["lr"] = rate * OVER_ADAM
             yield self.step(tensor_of(batch.images), torch.from_numpy(batch.labels))
 
     def step(self, images: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,19 @@
+"""Batch normalization for Keras 3: its own layer, on fused kernels, whatever the backend.
+
+`BatchNormalization` is ``keras.layers.BatchNormalization`` and what can be done in the same pass.
+`fuse` puts it into a whole model, `explain` says what that comes to.
+"""
+
+from fusebn import _spec
+
+try:
+    import keras as _keras  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "keras":
+        raise
+    _spec.missing("fusebn.keras", "keras")
+
+from fusebn.keras._fuse import explain, fuse
+from fusebn.keras.layers import BatchNormalization
+
+__all__ = ["BatchNormalization", "explain", "fuse"]

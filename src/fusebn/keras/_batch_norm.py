@@ -1,0 +1,204 @@
+"""What a call of the layer computes, without side effects: y, and the averages afterwards.
+
+Nearly always that is one call of :func:`fusebn.fused_batch_norm`, which finds the backend by its
+tensors, reads `training` when it runs, and leaves the averages alone where nothing is counted. What
+needs the statistics before they normalize (renormalization, several replicas), or has several of
+each channel (virtual batches), goes in parts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+import fusebn
+from fusebn.keras import _synchronized
+from fusebn.keras._groups import Arranged, arrange
+from fusebn.keras._renorm import Renorm, transform
+
+Tensor = Any
+
+
+@dataclass(frozen=True)
+class Call:
+    """The state of a layer, as tensors of the shape of its weights, and the arguments of a call."""
+
+    axes: tuple[int, ...]  # sorted, counted from the front
+    training: Any  # a bool, or a scalar boolean tensor
+    epsilon: float
+    decay: float
+    correction: float
+    activation: str | None
+    virtual_batch_size: int | None
+    synchronized: bool
+    renorm: Renorm | None
+    scale: Tensor | None
+    offset: Tensor | None
+    averages: tuple[Tensor, ...]  # mean and variance; stddev, renorm_mean, renorm_stddev
+    residual: Tensor | None
+    mask: Tensor | None  # boolean, in the shape of x without its channel axes
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return y, and the averages as they are to be."""
+        if self.training is False:
+            return self._by_averages(x), self.averages
+        if not (self.virtual_batch_size or self.synchronized or self.renorm):
+            return self._in_one_call(x)
+        if self.training is True:
+            return self._in_parts(x)
+        result: tuple[Tensor, tuple[Tensor, ...]] = ops.cond(
+            self.training,
+            lambda: self._in_parts(x),
+            lambda: (self._by_averages(x), self.averages),
+        )
+        return result
+
+    def _by_averages(self, x: Tensor) -> Tensor:
+        arranged = arrange(x, self.axes)
+        y, *_ = self._fused(
+            arranged, self.scale, self.offset, *self.averages[:2], is_training=False
+        )
+        return y
+
+    def _in_one_call(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        given = self.averages
+        if keras.backend.backend() == "torch":
+            # Backward may want to see what is about to be overwritten.
+            given = tuple(map(ops.copy, given))
+        arranged = arrange(x, self.axes)
+        y, *new = self._fused(
+            arranged,
+            self.scale,
+            self.offset,
+            *given,
+            is_training=self.training,
+            exponential_avg_factor=1 - self.decay,
+            weights=self._weights(x, arranged),
+        )
+        new = [ops.reshape(value, old.shape) for value, old in zip(new, given, strict=True)]
+        if self.decay == 0:  # only then a batch of count 0 does not leave them alone
+            counted = self._counted(x)
+            new = [_choose(counted, *both) for both in zip(new, given, strict=True)]
+        return y, self._constants(new)
+
+    def _in_parts(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        arranged = arrange(x, self.axes, self.virtual_batch_size)
+        block, axis, groups, *_ = arranged
+        scale, offset, *averages = (
+            None if vector is None else ops.tile(ops.reshape(vector, [-1]), [groups])
+            for vector in (self.scale, self.offset, *self.averages)
+        )
+        weights, counted = self._weights(x, arranged), self._counted(x)
+        if self.synchronized:
+            count, mean, variance = _synchronized.moments(block, axis, weights)
+            counted = count > 0
+        elif self.renorm:
+            others = [i for i in range(len(block.shape)) if i != axis]
+            mean, variance = fusebn.moments(ops.stop_gradient(block), others, weights=weights)
+        if self.renorm:
+            biased = variance
+            least = math.sqrt(self.epsilon)
+            r, d = self.renorm.correction(mean, self._stddev(biased), *averages[3:], least=least)
+            r, d = _choose(counted, r, ops.ones_like(r)), _choose(counted, d, ops.zeros_like(d))
+            scale, offset = transform(ops.stop_gradient(r), ops.stop_gradient(d), scale, offset)
+        if self.synchronized:
+            # Of a batch of count 0 x is forgotten.
+            used = ops.where(counted, variance, math.inf)
+            y, *_ = self._fused(arranged, scale, offset, mean, used, is_training=False)
+            rest = count - self.correction
+            variance = variance * ops.where(rest > 0, count / ops.where(rest > 0, rest, 1.0), 1.0)
+        else:
+            y, mean, variance = self._fused(
+                arranged, scale, offset, is_training=True, weights=weights
+            )
+        statistics = [mean, variance, *([mean, biased] if self.renorm else [])]
+        if self.virtual_batch_size is not None:
+            # The averages take up the mean of the groups, as in TensorFlow's layers.
+            statistics = [ops.mean(ops.reshape(v, (groups, -1)), 0) for v in statistics]
+        shape = self.averages[0].shape
+        return y, self._constants(self._mixed([ops.reshape(v, shape) for v in statistics], counted))
+
+    def _mixed(self, statistics: list[Tensor], counted: Any) -> list[Tensor]:
+        """Return the averages with the statistics of a batch mixed in."""
+
+        def mix(old: Tensor, new: Tensor, decay: float = self.decay) -> Tensor:
+            return _choose(counted, decay * old + (1 - decay) * new, old)
+
+        mean, variance, *seen = statistics
+        moving_mean, moving_variance, *more = self.averages
+        if self.renorm is None:
+            return [mix(moving_mean, mean), mix(moving_variance, variance)]
+        moving_stddev, renorm_mean, renorm_stddev = more
+        # The average is that of the standard deviation; moving_variance is kept equal to it.
+        stddev = mix(moving_stddev, self._stddev(variance))
+        equal = ops.relu(ops.square(stddev) - self.epsilon)
+        return [
+            mix(moving_mean, mean),
+            _choose(counted, equal, moving_variance),
+            stddev,
+            mix(renorm_mean, seen[0], self.renorm.decay),
+            mix(renorm_stddev, self._stddev(seen[1]), self.renorm.decay),
+        ]
+
+    def _fused(
+        self,
+        arranged: Arranged,
+        scale: Tensor | None,
+        offset: Tensor | None,
+        mean: Tensor | None = None,
+        variance: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Call the kernels on x as it is arranged, and give y the layout of x again."""
+        residual = self.residual
+        if residual is not None:
+            residual = arrange(residual, self.axes, arranged.size).x
+        given = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
+        vectors: dict[str, Any] = {
+            name: vector if vector is None else ops.reshape(vector, [-1])
+            for name, vector in given.items()
+        }
+        result = fusebn.fused_batch_norm(
+            arranged.x,
+            **vectors,
+            epsilon=self.epsilon,
+            axis=arranged.axis,
+            activation=self.activation,
+            residual=residual,
+            correction=self.correction,
+            **options,
+        )
+        return arranged.restore(result.y), result.mean, result.variance
+
+    def _weights(self, x: Tensor, arranged: Arranged) -> Tensor | None:
+        """Return the mask as a weight for each position of x as it is arranged."""
+        if self.mask is None:
+            return None
+        weights = ops.cast(self.mask, "float32")
+        if len(self.axes) == 1:
+            return weights
+        others = [n for i, n in enumerate(ops.shape(x)) if i not in self.axes]
+        outer, _, inner = ops.shape(arranged.x)
+        return ops.reshape(ops.broadcast_to(weights, others), (outer, inner))
+
+    def _counted(self, x: Tensor) -> Any:
+        """Say whether anything is in the batch: a bool, or a boolean tensor."""
+        some = math.prod(ops.shape(x)) > 0
+        return some if self.mask is None else ops.logical_and(some, ops.any(self.mask))
+
+    def _stddev(self, variance: Tensor) -> Tensor:
+        return ops.sqrt(variance + self.epsilon)
+
+    def _constants(self, values: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return new averages in the type of the old, to which no gradient flows."""
+        return tuple(
+            ops.stop_gradient(ops.cast(new, old.dtype))
+            for new, old in zip(values, self.averages, strict=True)
+        )
+
+
+def _choose(condition: Any, new: Tensor, old: Tensor) -> Tensor:
+    """Return new where the condition holds, without an op where it is known to."""
+    return new if condition is True else ops.where(condition, new, old)
