@@ -20,6 +20,7 @@ from fusebn.cli.demo.keras.network import Network
 from fusebn.cli.demo.network import Array
 from fusebn.cli.demo.side_by_side import FIRST, LARGE, side_by_side
 from fusebn.cli.demo.watch import Course, History
+from fusebn.cli.output import hushed
 
 LAYERS = {"Keras's": layers.BatchNormalization, "ours": fbk.BatchNormalization}
 
@@ -44,7 +45,7 @@ def before_and_after(histories: tuple[History, History], course: Course) -> Find
 def _exact(course: Course) -> list[float]:
     """Return the first losses of the same training in float64."""
     training, _, epochs, seed, _ = course
-    with _doubles():
+    with _doubles(), hushed():  # TensorFlow warns that oneDNN knows no float64
         network = Network(seed, dtype="float64")
         return list(islice(network.train(training, epochs, seed), FIRST))
 
