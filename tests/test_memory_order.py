@@ -306,11 +306,13 @@ def test_streaming_forward(
 @pytest.mark.parametrize("block", STREAMED, ids=str)
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_streaming_backward(
     always_streaming: None,
     block: cases.Block,
     is_training: bool,
     weighted: bool,
+    activation: str,
     dtype: np.dtype[Any],
 ) -> None:
     x, dy, residual = (cases.make("standard_normal", block, dtype, seed) for seed in range(3))
@@ -321,7 +323,7 @@ def test_streaming_backward(
         _core.set_streaming_bytes(least)
         results.append(
             fusebn.fused_batch_norm_grad(
-                dy, x, one, one, one, one, is_training=is_training, axis=1, activation="silu",
+                dy, x, one, one, one, one, is_training=is_training, axis=1, activation=activation,
                 residual=residual, weights=weights,
             )
         )  # fmt: skip

@@ -66,6 +66,9 @@ namespace {
 
 using namespace fusebn;
 
+// Whose threads a call runs on.
+Executor& threads_of(bool lent) { return lent ? lent_threads() : pool(); }
+
 // Calls f.operator()<T>() for the element type of that number: _spec.ELEMENT_TYPES has the order.
 template <class F>
 auto with_type(int type, F f) {
@@ -78,18 +81,18 @@ auto with_type(int type, F f) {
 }
 
 double py_moments(int type, int64_t outer, int64_t channels, int64_t inner, In x, In weights,
-                  Out mean, Out m2) {
+                  Out mean, Out m2, bool lent) {
   nb::gil_scoped_release released;
   return with_type(type, [&]<class T>() {
     return verbs<T>().moments(x.as<T>(), {outer, channels, inner}, weights.as<Stat<T>>(),
-                              mean.as<double>(), m2.as<double>(), pool());
+                              mean.as<double>(), m2.as<double>(), threads_of(lent));
   });
 }
 
 double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x, bool training,
                   In mean, In variance, In weights, In scale, In offset, In residual,
                   int activation, double epsilon, double correction, double factor, Out y,
-                  Out mean_out, Out variance_out, Out batch) {
+                  Out mean_out, Out variance_out, Out batch, bool lent) {
   nb::gil_scoped_release released;
   return with_type(type, [&]<class T>() {
     using S = Stat<T>;
@@ -110,7 +113,7 @@ double py_forward(int type, int64_t outer, int64_t channels, int64_t inner, In x
                        .mean_out = mean_out.as<S>(),
                        .variance_out = variance_out.as<S>(),
                        .batch = batch.as<double>()},
-                      pool());
+                      threads_of(lent));
   });
 }
 
@@ -118,7 +121,7 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                  bool training, In mean, In variance, In weights, In scale, In offset, In residual,
                  int activation, double epsilon, In dmean, In dvariance, double correction,
                  double factor, Out dx, Out dresidual, Out dscale, Out doffset, Out dgiven_mean,
-                 Out dgiven_variance) {
+                 Out dgiven_variance, bool lent) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
     using S = Stat<T>;
@@ -144,7 +147,7 @@ void py_gradient(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                  .doffset = doffset.as<S>(),
                  .dgiven_mean = dgiven_mean.as<S>(),
                  .dgiven_variance = dgiven_variance.as<S>()},
-                pool());
+                threads_of(lent));
   });
 }
 
@@ -183,7 +186,7 @@ nb::object py_forward_of_tensors(nb::handle exchange_api, nb::handle x, nb::hand
       type, total / (channels * inner), channels, inner, {in.data}, training, {means.data},
       {variances.data}, {}, scales, offsets, {residual.is_none() ? nullptr : added.data},
       activation, epsilon, correction, factor, {out.data}, training ? means : none,
-      training ? variances : none, batch));
+      training ? variances : none, batch, true));
 }
 
 // The verbs one by one, for those who bring devices together between them.
@@ -196,29 +199,31 @@ Normalization<T> constants(In mean, In rstd, In scale, In offset, In residual, i
 }
 
 void py_normalize(int type, int64_t outer, int64_t channels, int64_t inner, In x, In mean, In rstd,
-                  In scale, In offset, In residual, int activation, Out y) {
+                  In scale, In offset, In residual, int activation, Out y, bool lent) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
     const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
-    verbs<T>().normalize(x.as<T>(), {outer, channels, inner}, normalization, y.as<T>(), pool());
+    verbs<T>().normalize(x.as<T>(), {outer, channels, inner}, normalization, y.as<T>(),
+                         threads_of(lent));
   });
 }
 
 void py_backward_sums(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x,
                       In mean, In rstd, In scale, In offset, In residual, int activation, Out sum_g,
-                      Out sum_g_x) {
+                      Out sum_g_x, bool lent) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
     const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
     verbs<T>().backward_sums(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
-                             sum_g.as<double>(), sum_g_x.as<double>(), pool());
+                             sum_g.as<double>(), sum_g_x.as<double>(), nullptr,
+                             threads_of(lent));
   });
 }
 
 void py_backward(int type, int64_t outer, int64_t channels, int64_t inner, In dy, In x, In mean,
                  In rstd, In weights, In scale, In offset, In residual, int activation,
                  double count, In sum_g, In sum_g_x, In dmean, In dvariance, Out dx,
-                 Out dresidual) {
+                 Out dresidual, bool lent) {
   nb::gil_scoped_release released;
   with_type(type, [&]<class T>() {
     const auto normalization = constants<T>(mean, rstd, scale, offset, residual, activation);
@@ -226,7 +231,7 @@ void py_backward(int type, int64_t outer, int64_t channels, int64_t inner, In dy
                                         dmean.as<double>(), dvariance.as<double>()};
     verbs<T>().backward(dy.as<T>(), x.as<T>(), {outer, channels, inner}, normalization,
                         sum_g.data ? &statistics : nullptr, weights.as<Stat<T>>(), dx.as<T>(),
-                        dresidual.as<T>(), pool());
+                        dresidual.as<T>(), threads_of(lent));
   });
 }
 
@@ -274,13 +279,14 @@ nb::list py_instruction_sets() {
 NB_MODULE(_core, m) {
   // None stands for null in every array argument.
   const auto array = [](const char* name) { return nb::arg(name).none(); };
+  const auto lent = [] { return nb::arg("lent") = false; };
   m.def("moments", &py_moments, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
-        nb::arg("inner"), array("x"), array("weights"), array("mean"), array("m2"));
+        nb::arg("inner"), array("x"), array("weights"), array("mean"), array("m2"), lent());
   m.def("forward", &py_forward, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("x"), nb::arg("training"), array("mean"), array("variance"),
         array("weights"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("y"),
-        array("mean_out"), array("variance_out"), array("batch"));
+        array("mean_out"), array("variance_out"), array("batch"), lent());
   m.def("forward_of_tensors", &py_forward_of_tensors, nb::arg("exchange_api"), nb::arg("x"),
         nb::arg("y"), nb::arg("axis"), nb::arg("training"), array("mean"), array("variance"),
         array("scale"), array("offset"), array("residual"), nb::arg("activation"),
@@ -290,19 +296,19 @@ NB_MODULE(_core, m) {
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),
         nb::arg("activation"), nb::arg("epsilon"), array("dmean"), array("dvariance"),
         nb::arg("correction"), nb::arg("factor"), array("dx"), array("dresidual"), array("dscale"),
-        array("doffset"), array("dgiven_mean"), array("dgiven_variance"));
+        array("doffset"), array("dgiven_mean"), array("dgiven_variance"), lent());
   m.def("normalize", &py_normalize, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("x"), array("mean"), array("rstd"), array("scale"),
-        array("offset"), array("residual"), nb::arg("activation"), array("y"));
+        array("offset"), array("residual"), nb::arg("activation"), array("y"), lent());
   m.def("backward_sums", &py_backward_sums, nb::arg("type"), nb::arg("outer"),
         nb::arg("channels"), nb::arg("inner"), array("dy"), array("x"), array("mean"),
         array("rstd"), array("scale"), array("offset"), array("residual"), nb::arg("activation"),
-        array("sum_g"), array("sum_g_x"));
+        array("sum_g"), array("sum_g_x"), lent());
   m.def("backward", &py_backward, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), array("mean"), array("rstd"), array("weights"),
         array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("count"), array("sum_g"), array("sum_g_x"), array("dmean"), array("dvariance"),
-        array("dx"), array("dresidual"));
+        array("dx"), array("dresidual"), lent());
   m.def("floor", &py_floor, nb::arg("kind"), array("a"), array("b"), array("out"), nb::arg("n"),
         nb::arg("ahead"));
   m.def("streaming_bytes", &streaming_bytes);
@@ -312,6 +318,8 @@ NB_MODULE(_core, m) {
   m.def("pool_limit", [] { return pool_statistics().limit; });
   m.def("set_pool_limit", &set_pool_limit, nb::arg("bytes"));
   m.def("empty_pool", &empty_pool);
+  m.def("lend_threads", [](uintptr_t parallel) { lend_threads(ForkJoin(parallel)); },
+        nb::arg("parallel"));
   m.def("get_num_threads", &get_num_threads);
   m.def("set_num_threads", &set_num_threads, nb::arg("count"));
   m.def("instruction_sets", &py_instruction_sets);

@@ -315,7 +315,7 @@ struct BackwardSumsCall {
     const Constants<T> constants(call, problem);
     Doubles g(channels), g_x(channels);
     verbs<T>().backward_sums(call.in<T>(dy, problem), call.in<T>(x, problem), call.block(),
-                             constants.normalization, g.data(), g_x.data(), call.executor);
+                             constants.normalization, g.data(), g_x.data(), nullptr, call.executor);
     std::copy(g.begin(), g.end(), call.out<S>(sum_g, problem));
     std::copy(g_x.begin(), g_x.end(), call.out<S>(sum_g_x, problem));
   }

@@ -35,8 +35,9 @@ struct Sums {
   const S* b;
   double* sum_g;    // of the task's channels
   double* sum_g_x;  // with x - m
+  T* g_out;         // null: not wanted
   int64_t c0;
-  bool two_streams;
+  bool two_streams, streaming;
 
   void begin(int64_t, int64_t) {}
 
@@ -59,6 +60,7 @@ struct Sums {
     const V centred = where_zero(g, splat(S(0)), load(x + e, lanes) - k.m);
     if constexpr (A != Activation::identity)
       g = chain<A>(g, preactivation(centred, k.a, k.b, residual, e, lanes));
+    if (g_out) write(g_out + e, g, lanes, streaming);
     u = u + g;
     v = fma(g, centred, v);
   }
@@ -76,10 +78,14 @@ struct Sums {
 
 template <class T, Activation A>
 void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>* m, const Stat<T>* a,
-             const Stat<T>* offset, double* sum_g, double* sum_g_x, Executor& executor) {
+             const Stat<T>* offset, double* sum_g, double* sum_g_x, T* g, Executor& executor) {
   const int64_t channels = b.channels;
   const Cut cut(b);
   const bool two_streams = in_two_streams<T>(b);
+  // The vectors of `reduce` begin with a row or a plane: these have to keep g aligned.
+  const int64_t line = b.inner == 1 ? channels : b.inner;
+  const bool streaming = g && b.elements() * int64_t(sizeof(T)) >= streaming_bytes() &&
+                         line % Vec<Stat<T>>::kLanes == 0 && uintptr_t(g) % kStreamAlign<T> == 0;
   Scratch<double> partial_g(cut.chunks * channels), partial_g_x(cut.chunks * channels);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
@@ -87,9 +93,10 @@ void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>*
     double* const task_g = partial_g + (chunk * channels + c0);
     double* const task_g_x = partial_g_x + (chunk * channels + c0);
     for (int64_t c = 0; c < c1 - c0; ++c) task_g[c] = task_g_x[c] = 0;
-    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, c0, two_streams};
+    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, g, c0, two_streams, streaming};
     reduce<Stat<T>>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0,
                     c1);
+    if (streaming) fence();
   };
   executor.run(cut.chunks * cut.groups, Task::of(task));
   for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
@@ -147,7 +154,7 @@ struct Backward {
 
 template <class T>
 void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, double* sum_g,
-                   double* sum_g_x, Executor& executor) {
+                   double* sum_g_x, T* g, Executor& executor) {
   using S = Stat<T>;
   const int64_t channels = b.channels;
   for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
@@ -171,7 +178,7 @@ void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, 
   with_activation(n.activation, [&]<Activation A>() {
     const auto add = [&](int64_t at, Block part, int64_t fold) {
       sums_of<T, A>(dy + at, x + at, n.residual ? n.residual + at : nullptr, part, m, a, offset,
-                    part_g, part_g_x, executor);
+                    part_g, part_g_x, g ? g + at : nullptr, executor);
       for (int64_t copy = 0; copy < fold; ++copy)
         for (int64_t c = 0; c < channels; ++c) {
           sum_g[c] += part_g[copy * channels + c];
@@ -219,7 +226,7 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
 
 #define FUSEBN_INSTANTIATE(T)                                                                      \
   template void backward_sums<T>(const T*, const T*, Block, const Normalization<T>&, double*,      \
-                                 double*, Executor&);                                              \
+                                 double*, T*, Executor&);                                          \
   template void backward<T>(const T*, const T*, Block, const Normalization<T>&,                    \
                             const StatisticsGradient*, const Stat<T>*, T*, T*, Executor&);
 FUSEBN_INSTANTIATE(float16)

@@ -70,8 +70,9 @@ struct Verbs {
 
   // g = dy * activation'(what activation saw); sum_g = sum of g; sum_g_x = sum of g * (x - mean).
   // Then doffset = sum_g and dscale = rstd * sum_g_x. Several devices may add their sums here.
+  // g itself is written where there is a place for it; null: not wanted.
   void (*backward_sums)(const T* dy, const T* x, Block, const Normalization<T>&, double* sum_g,
-                        double* sum_g_x, Executor&);
+                        double* sum_g_x, T* g, Executor&);
 
   // dx = scale * rstd * (g - weight / count * (sum_g + (x - mean) * rstd^2 * sum_g_x))
   //      + weight / count * (dmean + 2 * (x - mean) * dvariance)          dresidual = g

@@ -26,7 +26,7 @@ namespace fusebn {
   template <class T>                                                                              \
   void normalize(const T*, Block, const Normalization<T>&, T*, Executor&);                        \
   template <class T>                                                                              \
-  void backward_sums(const T*, const T*, Block, const Normalization<T>&, double*, double*,        \
+  void backward_sums(const T*, const T*, Block, const Normalization<T>&, double*, double*, T*,    \
                      Executor&);                                                                  \
   template <class T>                                                                              \
   void backward(const T*, const T*, Block, const Normalization<T>&, const StatisticsGradient*, \

@@ -122,8 +122,16 @@ void gradient(const Gradient<T>& f, Executor& executor) {
 
   const bool through_statistics = f.training && count > 0;
   const bool into_given = !f.training && (f.dgiven_mean || f.dgiven_variance);
-  if (through_statistics || into_given || f.dscale || f.doffset)
-    verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x, executor);
+  const bool sums_wanted = through_statistics || into_given || f.dscale || f.doffset;
+  // Who sums g up knows dresidual. Written then, it spares the second pass the residual and the
+  // activation, and so a read of an array. But not where rounding g would show in dx.
+  const bool exact = std::is_same_v<T, S> || f.activation == Activation::relu ||
+                     f.activation == Activation::relu6;
+  const bool g_first =
+      sums_wanted && f.dresidual && f.activation != Activation::identity && exact;
+  if (sums_wanted)
+    verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x,
+                             g_first ? f.dresidual : nullptr, executor);
   if (f.dscale)
     for (int64_t c = 0; c < channels; ++c) f.dscale[c] = S(rstd[c] * sum_g_x[c]);
   if (f.doffset)
@@ -149,8 +157,13 @@ void gradient(const Gradient<T>& f, Executor& executor) {
   const StatisticsGradient statistics{
       count, sum_g, sum_g_x, scaled(f.dmean, f.factor, channels, scratch[3]),
       scaled(f.dvariance, f.factor * unbiased, channels, scratch[4])};
-  verbs<T>().backward(f.dy, f.x, f.block, normalization, through_statistics ? &statistics : nullptr,
-                      f.weights, f.dx, f.dresidual, executor);
+  if (g_first) {
+    normalization.activation = Activation::identity;
+    normalization.residual = nullptr;
+  }
+  verbs<T>().backward(g_first ? f.dresidual : f.dy, f.x, f.block, normalization,
+                      through_statistics ? &statistics : nullptr, f.weights, f.dx,
+                      g_first ? nullptr : f.dresidual, executor);
 }
 
 #define FUSEBN_INSTANTIATE(T)                               \

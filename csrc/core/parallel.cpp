@@ -2,7 +2,12 @@
 //
 // A job (job.h) stands in a queue once for each worker it can use. The pool is never destroyed: at
 // exit its threads sleep on memory that stays. After a fork the child has no workers and perhaps a
-// locked mutex, so it forgets the pool it inherited and builds another when it needs one.
+// locked mutex, so it forgets the pool it inherited and builds another when it needs one. It forgets
+// lent threads, too: a parent's OpenMP hangs in the child.
+//
+// Lent threads claim the tasks of a job in the same way, but their runtime has all of them meet at a
+// barrier. Where another process holds a core, the caller waits there for a scheduling slice. So
+// whoever was kept waiting leaves them alone for a while.
 #include "parallel.h"
 
 #include <pthread.h>
@@ -10,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -94,6 +100,55 @@ class Pool final : public Executor {
 std::atomic<Pool*> current_pool{nullptr};
 std::atomic<int> num_threads{0};  // 0: not decided yet
 
+using Clock = std::chrono::steady_clock;
+
+// The others' last tasks take a fraction of this; a scheduling slice is 3 ms or more.
+constexpr Clock::duration kPatience = std::chrono::milliseconds(2);
+// For so long own threads serve whoever lost patience: a stall costs some percent of it.
+constexpr Clock::duration kResentment = std::chrono::milliseconds(200);
+
+class Team final : public Executor {
+ public:
+  void lend(ForkJoin parallel) {
+    parallel_.store(parallel, std::memory_order_release);
+    avoided_until_.store(Clock::duration::min(), std::memory_order_relaxed);
+  }
+
+  void run(int64_t count, Task task) override {
+    const ForkJoin parallel = parallel_.load(std::memory_order_acquire);
+    const int threads = get_num_threads();
+    if (!parallel || count < 2 || threads < 2 ||
+        Clock::now().time_since_epoch() < avoided_until_.load(std::memory_order_relaxed))
+      return pool().run(count, task);
+
+    Share share{Job(count, task), std::this_thread::get_id(), {}};
+    const auto start = Clock::now();
+    // All its threads, however few the tasks: a smaller team would end the ones it leaves out.
+    parallel([](void* context) { static_cast<Share*>(context)->work(); }, &share, threads, 0);
+    const auto now = Clock::now();
+    if (now - start - share.working > kPatience)
+      avoided_until_.store((now + kResentment).time_since_epoch(), std::memory_order_relaxed);
+  }
+
+ private:
+  struct Share {
+    Job job;
+    const std::thread::id caller;
+    Clock::duration working;  // the caller's; the rest it waited, at one end or the other
+
+    void work() {
+      const auto start = Clock::now();
+      job.work();
+      if (std::this_thread::get_id() == caller) working += Clock::now() - start;
+    }
+  };
+
+  std::atomic<ForkJoin> parallel_{nullptr};
+  std::atomic<Clock::duration> avoided_until_{Clock::duration::min()};
+};
+
+Team team;
+
 }  // namespace
 
 Executor& pool() {
@@ -107,6 +162,14 @@ Executor& pool() {
   delete fresh;
   return *pool;
 }
+
+void lend_threads(ForkJoin parallel) {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { team.lend(nullptr); });
+  (void)registered;
+  team.lend(parallel);
+}
+
+Executor& lent_threads() { return team; }
 
 int get_num_threads() {
   int count = num_threads.load(std::memory_order_relaxed);

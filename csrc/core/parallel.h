@@ -1,7 +1,7 @@
 // parallel.h: how the core runs independent tasks on several threads.
 //
 // The verbs ask an Executor, so that a framework with threads of its own can lend them. Ours is
-// `pool()`. No OpenMP: PyTorch brings its own runtime, and two of them fight over the cores.
+// `pool()`. It is not OpenMP: one that stands still for a busy core, or hangs after a fork, is enough.
 #pragma once
 #include <cstdint>
 
@@ -31,6 +31,15 @@ struct Executor {
 
 // Our own threads. They are started when first needed and survive a fork (the child starts anew).
 Executor& pool();
+
+// The threads of an OpenMP runtime that a framework brought: `parallel` is its GOMP_parallel, which
+// GCC's, LLVM's and Intel's all have. After a loop of the framework they spin for milliseconds on
+// the very cores that ours would be woken for, so beside them the work is theirs.
+using ForkJoin = void (*)(void (*)(void*), void* context, unsigned threads, unsigned flags);
+void lend_threads(ForkJoin parallel);
+
+// Those that were lent; `pool()` if none were, after a fork, and where they lately kept us waiting.
+Executor& lent_threads();
 
 // How many threads share the work, the calling one included. At first: as many as the process may
 // run on (its affinity).

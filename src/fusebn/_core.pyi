@@ -1,6 +1,7 @@
 """The C++ core: see csrc/bindings/python.cpp.
 
-Arrays are dense and checked, or the address of what is; None is null.
+Arrays are dense and checked, or the address of what is; None is null. `lent`: on the threads that
+were lent, not on our own.
 """
 
 import numpy as np
@@ -10,7 +11,15 @@ _In = NDArray[np.generic] | int | None
 _Out = NDArray[np.generic] | int | None
 
 def moments(
-    type: int, outer: int, channels: int, inner: int, x: _In, weights: _In, mean: _Out, m2: _Out
+    type: int,
+    outer: int,
+    channels: int,
+    inner: int,
+    x: _In,
+    weights: _In,
+    mean: _Out,
+    m2: _Out,
+    lent: bool = ...,
 ) -> float: ...
 def forward(
     type: int,
@@ -33,6 +42,7 @@ def forward(
     mean_out: _Out,
     variance_out: _Out,
     batch: _Out,
+    lent: bool = ...,
 ) -> float: ...
 def forward_of_tensors(
     exchange_api: object,
@@ -77,6 +87,7 @@ def gradient(
     doffset: _Out,
     dgiven_mean: _Out,
     dgiven_variance: _Out,
+    lent: bool = ...,
 ) -> None: ...
 def normalize(
     type: int,
@@ -91,6 +102,7 @@ def normalize(
     residual: _In,
     activation: int,
     y: _Out,
+    lent: bool = ...,
 ) -> None: ...
 def backward_sums(
     type: int,
@@ -107,6 +119,7 @@ def backward_sums(
     activation: int,
     sum_g: _Out,
     sum_g_x: _Out,
+    lent: bool = ...,
 ) -> None: ...
 def backward(
     type: int,
@@ -129,6 +142,7 @@ def backward(
     dvariance: _In,
     dx: _Out,
     dresidual: _Out,
+    lent: bool = ...,
 ) -> None: ...
 def floor(kind: int, a: _In, b: _In, out: _Out, n: int, ahead: int) -> None: ...
 def streaming_bytes() -> int: ...
@@ -138,6 +152,7 @@ def pool_statistics() -> dict[str, int]: ...
 def pool_limit() -> int: ...
 def set_pool_limit(bytes: int) -> None: ...
 def empty_pool() -> None: ...
+def lend_threads(parallel: int) -> None: ...
 def get_num_threads() -> int: ...
 def set_num_threads(count: int) -> None: ...
 def instruction_sets() -> list[str]: ...

@@ -1,5 +1,6 @@
 """`batch_norm`: what layers are made of, across devices too."""
 
+from functools import partial
 from typing import Any
 
 from fusebn import _spec
@@ -113,10 +114,9 @@ def batch_norm(
     if axis_index_groups is not None and axis_name is None:
         expected = "be None without `axis_name`"
         _spec.fail(ValueError, operation, "axis_index_groups", expected, repr(axis_index_groups))
+    compute: Any = _ops.batch_norm
     if together:
-        found = _synchronized.batch_norm(
-            *arguments, axis_name=axis_name, axis_index_groups=axis_index_groups
-        )
-    else:
-        found = _ops.batch_norm(*arguments)
+        group = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+        compute = partial(_synchronized.batch_norm, **group)
+    found = compute(*arguments)
     return FusedBatchNorm(found.y, found.mean, found.variance)

@@ -15,7 +15,8 @@ except ModuleNotFoundError as error:
     _spec.missing("fusebn.torch", "torch")
 
 from fusebn.torch import _functions as _functions  # found by `fusebn`; compilers cannot import
-from fusebn.torch._fuse import explain, fuse, unfuse
+from fusebn.torch._explain import explain
+from fusebn.torch._fuse import fuse, unfuse
 from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import (
     BatchNorm1d,

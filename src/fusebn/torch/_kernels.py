@@ -5,6 +5,7 @@ Every tensor that arrives here has been checked: parameters and statistics are c
 the type of the statistics, weights have the rank of x and length 1 for the channels.
 """
 
+import ctypes
 import math
 import os
 from typing import Any, NoReturn
@@ -71,8 +72,19 @@ def address(tensor: Tensor | None) -> int | None:
 _follows_torch = not os.environ.get("FUSEBN_NUM_THREADS")
 
 
+def openmp() -> int:
+    """Return where PyTorch's OpenMP runtime starts its threads, or 0 if it has none."""
+    # What the library depends on is searched too, so that this is the runtime PyTorch uses.
+    start: Any = getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None)
+    return ctypes.cast(start, ctypes.c_void_p).value or 0
+
+
+if _follows_torch:
+    _core.lend_threads(openmp())
+
+
 def follow_threads() -> None:
-    """Use as many threads as PyTorch does, unless the environment says how many."""
+    """Use as many threads as PyTorch does, and its own, unless the environment says how many."""
     if _follows_torch and _core.get_num_threads() != torch.get_num_threads():
         _core.set_num_threads(torch.get_num_threads())
 
@@ -126,6 +138,7 @@ def forward(
         address(mean_out),
         address(variance_out),
         batch,
+        lent=True,
     )
     if count < 0:
         _negative(variance)
@@ -225,6 +238,7 @@ def gradient(
         address(doffset),
         address(dgiven_mean),
         address(dgiven_variance),
+        lent=True,
     )
     return dx
 
@@ -243,6 +257,7 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
         address(weights),
         mean.data_ptr(),
         m2.data_ptr(),
+        lent=True,
     )
     return count, mean, m2
 

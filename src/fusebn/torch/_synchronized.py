@@ -259,7 +259,7 @@ class _Normalization:
     def write(self, y: Tensor) -> None:
         _core.normalize(
             *self.block, _at(self.x), _at(self.mean), _at(self.rstd), _at(self.scale),
-            _at(self.offset), _at(self.residual), self.activation, _at(y),
+            _at(self.offset), _at(self.residual), self.activation, _at(y), lent=True,
         )  # fmt: skip
 
     def sums(self, dy: Tensor) -> Tensor:
@@ -268,6 +268,7 @@ class _Normalization:
         _core.backward_sums(
             *self.block, _at(dy), _at(self.x), _at(self.mean), _at(self.rstd), _at(self.scale),
             _at(self.offset), _at(self.residual), self.activation, _at(sums[0]), _at(sums[1]),
+            lent=True,
         )  # fmt: skip
         return sums
 
@@ -287,7 +288,7 @@ class _Normalization:
         _core.backward(
             *self.block, _at(dy), _at(self.x), _at(self.mean), _at(self.rstd), _at(weights),
             _at(self.scale), _at(self.offset), _at(self.residual), self.activation, count,
-            sum_g, sum_g_x, None, None, _at(dx), _at(dresidual),
+            sum_g, sum_g_x, None, None, _at(dx), _at(dresidual), lent=True,
         )  # fmt: skip
 
 

@@ -288,7 +288,7 @@ def _watching(root: nn.Module, read: dict[tuple[int, str], Any]) -> Iterator[Non
 # What every module has, and fx and PyTorch read all the time; but for the mode.
 _INTERNAL = {*dir(nn.Module()), "_fused", "_by_fuse"} - {"training"}
 
-_OWN = ("fusebn.torch._fuse", __name__)
+_OWN = ("fusebn.torch._planning", __name__)
 
 _FUNCTIONS = (
     types.FunctionType,
