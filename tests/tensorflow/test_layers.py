@@ -259,7 +259,7 @@ def test_one_op_and_no_cond(name: str, in_place: bool) -> None:
         {"adjustment": lambda shape: (v1.placeholder(tf.float32), 1.0)},
         {"activation_fn": tf.tanh},
     ],
-    ids=str,
+    ids=lambda options: "+".join(options) or "plain",
 )
 def test_static_shape_survives(options: dict[str, Any]) -> None:
     with graph():

@@ -334,7 +334,7 @@ ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "kind", "message"), ERRORS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("options", "kind", "message"), ERRORS)
 def test_our_errors(options: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         fbt.batch_norm(X, M, V, training=True, **options)
