@@ -104,14 +104,15 @@ ADAPTER_ARROWS = {
         "_portable": set(),
     },
     "keras": {
-        "__init__": {"_fuse", "_spec", "layers"},
+        "__init__": {"_explain", "_fuse", "_spec", "layers"},
+        "_explain": {"_folding", "_report", "layers"},
         "layers": {"_batch_norm", "_renorm", "_spec"},
         "_batch_norm": {"_groups", "_renorm", "_synchronized"},
         "_groups": set(),
         "_renorm": set(),
         "_synchronized": {"torch"},
-        "_fuse": {"_folding", "_spec", "layers"},
-        "_folding": {"layers"},
+        "_fuse": {"_folding", "layers"},
+        "_folding": {"_spec", "layers"},
     },
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}

@@ -13,7 +13,8 @@ except ModuleNotFoundError as error:
         raise
     _spec.missing("fusebn.keras", "keras")
 
-from fusebn.keras._fuse import explain, fuse
+from fusebn.keras._explain import explain
+from fusebn.keras._fuse import fuse
 from fusebn.keras.layers import BatchNormalization
 
 __all__ = ["BatchNormalization", "explain", "fuse"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from fusebn import _spec
 from fusebn.keras.layers import BatchNormalization
 
 Operation = Any
@@ -24,6 +25,18 @@ class Fold(NamedTuple):
     activate: Operation | None = None
     activation: str | None = None  # what `activate` computes
     reason: str = ""  # why not more
+
+
+def check(operation: str, model: Any) -> None:
+    """Raise TypeError for what is no model."""
+    if not isinstance(model, keras.Model):
+        _spec.fail(TypeError, operation, "model", "be a keras.Model", type(model).__name__)
+
+
+def is_open(model: Any) -> bool:
+    """Say whether the whole of a model is known: its layers and how they are called."""
+    is_graph = isinstance(model, keras.Sequential) or hasattr(model, "operations")
+    return is_graph and type(model).__module__.partition(".")[0] == "keras"
 
 
 def is_norm(operation: Operation) -> bool:

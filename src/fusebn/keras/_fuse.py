@@ -1,17 +1,16 @@
-"""`fuse` and `explain`: batch norms of a whole model, with what surrounds them."""
+"""`fuse`: batch norms of a whole model, with what surrounds them."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
-from fusebn import _spec
-from fusebn.keras._folding import Fold, folds_of, is_norm
+from fusebn.keras._folding import Fold, check, folds_of, is_norm, is_open
 from fusebn.keras.layers import BatchNormalization
 
-__all__ = ["Report", "Row", "explain", "fuse"]
+__all__ = ["fuse"]
 
 Layer = Any
 Model = Any
@@ -73,29 +72,18 @@ def fuse(model: Model) -> Model:
     >>> [type(layer).__name__ for layer in fused.layers]
     ['InputLayer', 'Conv2D', 'BatchNormalization']
     >>> print(fusebn.keras.explain(fused))
-    batch norm  ours  fused with       not more, because
-    ----------  ----  ---------------  -----------------
-    norm        yes   residual + relu
+    batch norm  class               fused with       not more, because
+    ----------  ------------------  ---------------  -----------------
+    norm        BatchNormalization  residual + relu
     """
-    _check("fuse", model)
-    if not _is_open(model):
+    check("fuse", model)
+    if not is_open(model):
         _adopt_inside(model)
         _forget_compiled_steps(model)
         return model
     clone = _Cloning().clone(model)
     _compile_alike(clone, model)
     return clone
-
-
-def _check(operation: str, model: Any) -> None:
-    if not isinstance(model, keras.Model):
-        _spec.fail(TypeError, operation, "model", "be a keras.Model", type(model).__name__)
-
-
-def _is_open(model: Model) -> bool:
-    """Say whether the whole of a model is known: its layers and how they are called."""
-    is_graph = isinstance(model, keras.Sequential) or hasattr(model, "operations")
-    return is_graph and type(model).__module__.partition(".")[0] == "keras"
 
 
 # ---- in place ----
@@ -183,7 +171,7 @@ class _Cloning:
         return self.clones[id(operation)]
 
     def _cloned(self, operation: Any) -> Any:
-        if isinstance(operation, keras.Model) and _is_open(operation):
+        if isinstance(operation, keras.Model) and is_open(operation):
             return self.clone(operation)
         kind = BatchNormalization if is_norm(operation) else type(operation)
         clone = kind.from_config(operation.get_config())
@@ -241,106 +229,3 @@ def _compile_alike(clone: Model, model: Model) -> None:
         for variable in new.variables:
             if variable.path in values:
                 _copy(values[variable.path], variable)
-
-
-# ---- the report ----
-
-
-class Row(NamedTuple):
-    """One batch norm in a report."""
-
-    name: str
-    """Of the layer, behind those of the models it is in."""
-    ours: bool
-    """Whether it runs on our kernels."""
-    residual: bool
-    """Whether a sum is folded into it."""
-    activation: str | None
-    """The activation that is folded into it."""
-    reason: str
-    """Why not more, or ""."""
-
-
-class Report(tuple[Row, ...]):
-    """The rows of :func:`explain`; as a string, a table."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        """Return the table."""
-        heads = ("batch norm", "ours", "fused with", "not more, because")
-        lines: list[tuple[str, ...]] = [heads, heads]
-        lines += [(row.name, "yes" if row.ours else "no", _with(row), row.reason) for row in self]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        lines[1] = tuple("-" * width for width in widths)
-        shown = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-        return "\n".join(shown)
-
-    __repr__ = __str__
-
-
-def _with(row: Row) -> str:
-    return " + ".join(part for part in ("residual" * row.residual, row.activation) if part) or "-"
-
-
-def explain(model: Model) -> Report:
-    """Say of each batch norm of a model what is fused into it, and why not more.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Before :func:`fuse` or after it.
-
-    Returns
-    -------
-    Report
-        A tuple of rows ``(name, ours, residual, activation, reason)``, which prints as a table.
-
-    Raises
-    ------
-    TypeError
-        The model is no ``keras.Model``.
-
-    Examples
-    --------
-    >>> import keras
-    >>> import fusebn.keras
-    >>> norm = keras.layers.BatchNormalization(name="norm")
-    >>> model = keras.Sequential([norm, keras.layers.Activation("tanh", name="tanh")])
-    >>> print(fusebn.keras.explain(model))
-    batch norm  ours  fused with  not more, because
-    ----------  ----  ----------  -------------------------
-    norm        no    -           Activation 'tanh' follows
-    """
-    _check("explain", model)
-    return Report(_rows(model, ""))
-
-
-def _rows(model: Model, prefix: str) -> Iterator[Row]:
-    known: dict[int, Fold] = {}
-    if _is_open(model):
-        known = {id(fold.norm): fold for fold in folds_of(model)}
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _rows(layer, f"{prefix}{layer.name}/")
-            continue
-        for inner in layer._flatten_layers():
-            if isinstance(inner, keras.layers.BatchNormalization):
-                name = prefix + (inner.name if inner is layer else f"{layer.name}/{inner.name}")
-                yield _row(name, inner, known.get(id(inner)))
-
-
-def _row(name: str, norm: Layer, fold: Fold | None) -> Row:
-    ours = isinstance(norm, BatchNormalization)
-    activation = norm.activation if ours else None
-    residual = any("residual" in node.arguments.kwargs for node in norm._inbound_nodes)
-    if not is_norm(norm):
-        reason = "its class is not Keras's own"
-    elif fold is None:
-        reason = "how it is called is not known"
-    elif fold.add is not None or fold.activate is not None:
-        would = Row(name, ours, fold.add is not None, fold.activation, "")
-        reason = f"fuse would fold {_with(would)} into it"
-    else:
-        reason = fold.reason
-    return Row(name, ours, residual, activation, reason)
