@@ -266,7 +266,8 @@ def test_info() -> None:
 
 def test_info_json(monkeypatch: pytest.MonkeyPatch) -> None:
     # An adapter that is loaded here, as it is not there, would tell more of itself.
-    monkeypatch.delitem(sys.modules, "fusebn.tensorflow._ops", raising=False)
+    for adapter in ("tensorflow", "torch", "jax"):
+        monkeypatch.delitem(sys.modules, f"fusebn.{adapter}._ops", raising=False)
     code, out, err = type_in("info", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out) == json.loads(json.dumps(fusebn.info()))
