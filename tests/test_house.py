@@ -78,7 +78,7 @@ ADAPTER_ARROWS = {
         "_ops": {"_arguments", "_kernels", "_library", "_native", "_portable"},
         "_library": {"_arguments", "_kernels", "_portable", "_transforms"},
         "_transforms": set(),
-        "_kernels": {"_arguments", "_core", "_portable", "_spec", "memory"},
+        "_kernels": {"_arguments", "_core", "_portable", "_spec"},
         "_functions": {"_arguments", "_moving", "_ops", "_portable", "_results", "_spec"},
         "_explain": {"_folding", "_planning", "_report", "modules"},
         "_fuse": {"_planning"},

@@ -465,7 +465,7 @@ def pool() -> Iterator[None]:
 
 
 def large(value: float = 0.0) -> Tensor:
-    return torch.full((memory.LEAST // 4 // 8, 8), value)
+    return torch.full((_kernels.POOLED // 4 // 8, 8), value)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -500,7 +500,7 @@ def test_a_shared_tensor_leaves_the_pool() -> None:
 
 @pytest.mark.usefixtures("pool")
 def test_what_autograd_keeps_is_not_reused() -> None:
-    x = torch.randn(memory.LEAST // 4 // 8, 8, requires_grad=True)
+    x = torch.randn(_kernels.POOLED // 4 // 8, 8, requires_grad=True)
     deep = fbt.batch_norm(fbt.batch_norm(x, None, None, training=True), None, None, training=True)
     for value in range(5):
         normalized(large(float(value)))
