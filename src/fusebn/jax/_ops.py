@@ -249,8 +249,7 @@ def _batch_norm(
     options: Options,
 ) -> BatchNorm:
     operands = _operands(x, options.axis, residual, weights)
-    vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
-    operands |= {name: value[None] for name, value in vectors.items() if value is not None}
+    operands |= _vectors(scale=scale, offset=offset, mean=mean, variance=variance)
     operands["training"] = _flag(is_training, options)
     found = _forward(operands, ("y", "mean", "variance", "batch", "count"), options)
     return BatchNorm(
@@ -304,13 +303,11 @@ def _batch_norm_gradient(
 ) -> tuple[Array, Array | None, Array | None, Array | None]:
     operands = _operands(x, options.axis, residual, weights)
     operands["training"] = _flag(is_training, options)
-    vectors = {"scale": scale, "offset": offset, "mean": mean, "variance": variance}
-    operands |= {name: value[None] for name, value in vectors.items() if value is not None}
+    operands |= _vectors(scale=scale, offset=offset, mean=mean, variance=variance)
     low = jnp.zeros_like(mean)
     operands["batch"] = jnp.stack([jnp.stack([mean, low]), jnp.stack([variance, low])])[None]
     into = {"y": block_of(dy, options.axis)}
-    vectors = {"mean": dmean, "variance": dvariance}
-    into |= {name: value[None] for name, value in vectors.items() if value is not None}
+    into |= _vectors(mean=dmean, variance=dvariance)
     wanted = [name for name in operands if name in ("x", "residual", "scale", "offset")]
     found = gradients_of(operands, into, wanted, options)
 
@@ -321,6 +318,11 @@ def _batch_norm_gradient(
 
 def _flag(is_training: Array | None, options: Options) -> Array:
     return jnp.asarray(np.bool_(options.training) if is_training is None else is_training)[None]
+
+
+def _vectors(**values: Array | None) -> Arrays:
+    """Return those that are not None, each as that of one problem."""
+    return {name: value[None] for name, value in values.items() if value is not None}
 
 
 def _operands(x: Array, axis: int, residual: Array | None, weights: Array | None) -> Arrays:
@@ -383,8 +385,7 @@ def _normalization(
     x: Array, batch: Array, scale: Any, offset: Any, residual: Any, axis: int
 ) -> Arrays:
     operands = {**_operands(x, axis, residual, None), "batch": batch[None]}
-    vectors = {"scale": scale, "offset": offset}
-    return operands | {name: value[None] for name, value in vectors.items() if value is not None}
+    return operands | _vectors(scale=scale, offset=offset)
 
 
 def normalize(
@@ -431,8 +432,7 @@ def backward(
     operands = _normalization(x, batch, scale, offset, residual, options.axis)
     operands["dy"] = block_of(dy, options.axis)
     operands |= {"count": count.reshape(1), "sum_g": sum_g[None], "sum_g_x": sum_g_x[None]}
-    vectors = {"dmean": dmean, "dvariance": dvariance}
-    operands |= {name: value[None] for name, value in vectors.items() if value is not None}
+    operands |= _vectors(dmean=dmean, dvariance=dvariance)
     if weights is not None:
         operands["weights"] = positions_of(weights, x, options.axis)
     results = ("dx",) if residual is None else ("dx", "dresidual")
