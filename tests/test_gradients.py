@@ -304,6 +304,21 @@ def test_one_element_batches_pass_no_gradient(
     assert_same_bits(doffset, dy[0].astype(stat(dtype)))
 
 
+@pytest.mark.parametrize("activation", cases.ACTIVATIONS)
+def test_a_residual_changes_no_bit_of_what_goes_to_x(
+    rng: np.random.Generator, activation: str | None, dtype: np.dtype[Any]
+) -> None:
+    """Its gradient is rounded to its type, and may stand for dy only where that is exact."""
+    block = (60, 17, 1)
+    x, dy = (cases.make("standard_normal", block, dtype, seed) for seed in range(2))
+    scale, offset = parameters(rng, 17, dtype)
+    given = dy, x, scale, offset, *batch_statistics(x)
+    nothing = frozen(np.zeros(block), dtype)
+    alone = fusebn.fused_batch_norm_grad(*given, axis=1, activation=activation)
+    beside = fusebn.fused_batch_norm_grad(*given, axis=1, activation=activation, residual=nothing)
+    assert_same_bits(beside.dx, alone.dx)
+
+
 def test_zero_variance_and_zero_epsilon_stop_the_gradient(dtype: np.dtype[Any]) -> None:
     x, dy = frozen(np.full((4, 2), 3.0), dtype), frozen(np.ones((4, 2)), dtype)
     for is_training in (True, False):
