@@ -11,7 +11,7 @@ from collections.abc import Mapping as _Mapping
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
-from fusebn import _core, _spec, memory
+from fusebn import _core, _spec, memory, quantize
 from fusebn._dispatch import adapter_of as _adapter_of
 from fusebn._info import cache_share as _cache_share
 from fusebn._info import info as _info
@@ -38,6 +38,7 @@ __all__ = [
     "memory",
     "moments",
     "normalize_moments",
+    "quantize",
     "save",
     "set_num_threads",
     "sufficient_statistics",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fusebn import _core, _spec
 from fusebn._blocks import is_dense, layout_of_axes, layout_of_axis
 from fusebn._moving import assign_moving_average
+from fusebn._quantization import Ops
 from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
 
 __all__ = [
@@ -40,6 +41,31 @@ _ELEMENTS = {
     np.dtype(name): (code, np.dtype(_spec.stat_type(name)))
     for name, code in _spec.ELEMENT_TYPES.items()
 }
+
+
+def _refuse_nan(new: Array, old: Array, message: str) -> Array:
+    if (np.isnan(new) & ~np.isnan(old)).any():
+        raise ValueError(message)
+    return new
+
+
+# What the definition of fake quantization needs.
+array_ops = Ops(
+    where=np.where,
+    round=np.round,
+    minimum=np.minimum,
+    maximum=np.maximum,
+    amin=lambda x, axes: np.min(x, axes),
+    amax=lambda x, axes: np.max(x, axes),
+    isfinite=np.isfinite,
+    reshape=np.reshape,
+    stop_gradient=lambda x: x,
+    cast=lambda x, dtype: np.asarray(x, dtype),
+    scalar=lambda value, like: np.asarray(value, like.dtype),
+    dtype=lambda x: x.dtype.name,
+    rounded=lambda x: x,
+    refuse_nan=_refuse_nan,
+)
 
 
 def stat_dtype(x: Array) -> np.dtype[Any]:
