@@ -13,6 +13,7 @@ from typing import Any as _Any
 
 from fusebn import _core, _spec, memory, quantize
 from fusebn._dispatch import adapter_of as _adapter_of
+from fusebn._folding import fold as _fold
 from fusebn._info import cache_share as _cache_share
 from fusebn._info import info as _info
 from fusebn._info import physical_memory as _physical_memory
@@ -30,6 +31,7 @@ __all__ = [
     "assign_moving_average",
     "batch_norm_with_global_normalization",
     "batch_normalization",
+    "fold",
     "fused_batch_norm",
     "fused_batch_norm_grad",
     "get_num_threads",
@@ -622,6 +624,112 @@ def assign_moving_average(
     """
     adapter = _adapter_of("assign_moving_average", variable, "variable")
     return adapter.assign_moving_average(variable, value, decay, zero_debias)
+
+
+def fold(
+    weight: _Any,
+    bias: _Any,
+    layer: _Any,
+    *,
+    kind: str,
+    layout: str = "torch",
+    groups: int = 1,
+    before: bool = False,
+    padded: bool | str | None = None,
+) -> tuple[_Any, _Any]:
+    """Return the weight and bias of a linear layer that has taken over the batch norm beside it.
+
+    In inference a batch norm is affine, one factor and one shift a channel. With
+    ``factor = scale / sqrt(variance + epsilon)``, 0 where that sum is 0, and o and i for the
+    channels out and in::
+
+        linear, then norm   weight[o, i] * factor[o]
+                            (bias[o] - mean[o]) * factor[o] + offset[o]
+        norm, then linear   weight[o, i] * factor[i]
+                            bias[o] + sum(weight[o, i] * (offset[i] - mean[i] * factor[i]))
+
+    the last sum over i and the taps of the kernel.
+
+    Parameters
+    ----------
+    weight : array of float16, bfloat16, float32 or float64
+        Of any framework, or a variable of Keras or Flax; not modified.
+    bias : array of shape (channels out,), or None
+        None means 0. A bias is returned all the same.
+    layer : batch norm, or mapping
+        What normalizes in inference: a layer of this library, of PyTorch, Keras or Flax's nnx; or
+        a mapping of ``"mean"`` (or ``"moving_mean"``), ``"variance"`` (or ``"moving_variance"``),
+        ``"epsilon"``, and, where there are any, ``"scale"`` and ``"offset"``. A layer that has a
+        method ``effective_variables()`` is asked for such a mapping: there its transforms have
+        been applied.
+    kind : "dense", "conv", "depthwise_conv" or "conv_transpose"
+        Convolutions have kernels of any rank.
+    layout : "torch", "tensorflow" (also "keras") or "flax"
+        How the axes of the weight are ordered, ``*k`` being the kernel's:
+
+        ================  ========================  ========================  ====================
+        kind              torch                     tensorflow                flax
+        ================  ========================  ========================  ====================
+        dense             [out, in]                 [in, out]                 [in, out]
+        conv              [out, in / groups, *k]    [*k, in / groups, out]    [*k, in / groups, out]
+        depthwise_conv    (conv, groups = in)       [*k, in, multiplier]      (conv, groups = in)
+        conv_transpose    [in, out / groups, *k]    [*k, out / groups, in]    [*k, in / groups, out]
+        ================  ========================  ========================  ====================
+
+        Flax's ``ConvTranspose(transpose_kernel=True)`` has the layout of TensorFlow.
+    groups : int
+        Of the convolution, transposed ones too. "depthwise_conv" has one for each channel in.
+    before : bool
+        Whether the batch norm comes before the linear layer. Folding is exact only where every
+        output sees the whole kernel; so a transposed convolution is refused, unless nothing is
+        shifted.
+    padded : bool or "inexact", optional
+        Needed for a convolution with a batch norm before it: whether zeros are padded around what
+        the batch norm returns. True is refused, unless nothing is shifted: padded after the batch
+        norm, the zeros are not shifted, after folding they are, and the border is wrong. "inexact"
+        folds all the same. Padding by reflection, or by what is at the border, is none: False.
+
+    Returns
+    -------
+    weight, bias : arrays of the framework, dtype and device of `weight`
+        Computed in float64, rounded once. Plain values: no gradient flows through them.
+
+    Raises
+    ------
+    TypeError
+        An argument is of the wrong kind.
+    ValueError
+        The channels do not match; a variance is negative, or a variable of the layer is not
+        finite; folding is not exact; the layer has an activation, which would be lost; the dtype
+        of the weight cannot hold what it becomes.
+
+    Notes
+    -----
+    Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-
+    Only Inference", 2018, https://arxiv.org/abs/1712.05877, section 3.2. PyTorch has
+    ``torch.nn.utils.fusion`` for the first direction.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fusebn
+    >>> rng = np.random.default_rng(0)
+    >>> x, kernel = rng.normal(size=(5, 3)), rng.normal(size=(3, 2))
+    >>> layer = {"mean": np.ones(2), "variance": np.full(2, 4.0), "epsilon": 0}
+    >>> folded, bias = fusebn.fold(kernel, None, layer, kind="dense", layout="tensorflow")
+    >>> np.allclose(x @ folded + bias, (x @ kernel - 1) / 2)
+    True
+    """
+    return _fold(
+        weight,
+        bias,
+        layer,
+        kind=kind,
+        layout=layout,
+        groups=groups,
+        before=before,
+        padded=padded,
+    )
 
 
 def save(path: str | _os.PathLike[str], layers: _Mapping[str, _Any]) -> None:

@@ -5,6 +5,7 @@ array. So a framework that is missing, heavy or broken costs nothing until someb
 """
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,12 @@ _ADAPTERS = {
     "numpy": "fusebn._numpy",
     "tensorflow": "fusebn.tensorflow._functions",
     "torch": "fusebn.torch._functions",
+}
+
+# The same for variables that hold an array of some framework -> how they are asked for it.
+_HOLDERS: dict[str, Callable[[Any], Any]] = {
+    "flax": lambda variable: variable.get_value(),
+    "keras": lambda variable: variable.value,
 }
 
 
@@ -44,3 +51,12 @@ def adapter_of(operation: str, x: Any, argument: str = "x") -> ModuleType:
             _spec.unsupported(operation, argument, x)
         _found[kind] = adapter
     return adapter
+
+
+def held_by(value: Any) -> Any:
+    """Return the array that a variable of Keras or Flax holds; anything else as it is."""
+    for base in type(value).__mro__:
+        held = _HOLDERS.get(base.__module__.partition(".")[0])
+        if held is not None:
+            return held(value)
+    return value

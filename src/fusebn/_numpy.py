@@ -91,6 +91,16 @@ def array_of(operation: str, argument: str, value: Any) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
+def to_numpy(operation: str, argument: str, value: Any) -> Array:
+    """Return an array as one of NumPy's, in its own dtype; every adapter has such a function."""
+    return array_of(operation, argument, value)
+
+
+def from_numpy(array: Array, like: Array) -> Array:
+    """Return NumPy's array as one of the framework, where `like` is; every adapter has it."""
+    return array
+
+
 def _like_x(operation: str, argument: str, value: Any, x: Array) -> Array:
     array = array_of(operation, argument, value)
     if array.dtype != x.dtype:

@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from fusebn import _spec
 from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
@@ -429,3 +431,17 @@ def _mix(variable: Array, value: Array, decay: Any) -> Array:
     stat = stat_type(variable)
     mixed = decay * variable.astype(stat) + (1 - decay) * value.astype(stat)
     return mixed.astype(variable.dtype)
+
+
+# ---- to NumPy and back ----
+
+
+def to_numpy(operation: str, argument: str, value: Any) -> NDArray[Any]:
+    """Return an array as one of NumPy's."""
+    return np.asarray(array_of(operation, argument, value))
+
+
+def from_numpy(array: NDArray[Any], like: Array) -> Array:
+    """Return NumPy's array as one of JAX's: where `like` is, or of another shape, among them."""
+    shards_fit = len(like.devices()) == 1 or array.shape == like.shape
+    return jax.device_put(array, like.sharding if shards_fit and like.committed else None)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import tensorflow as tf
+from numpy.typing import NDArray
 
 from fusebn import _spec
 from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
@@ -634,3 +635,21 @@ def assign_moving_average(
 ) -> Tensor:
     """See :func:`fusebn.assign_moving_average`."""
     return moving_averages.assign_moving_average(variable, value, decay, zero_debias)
+
+
+# ---- to NumPy and back ----
+
+
+def to_numpy(operation: str, argument: str, value: Any) -> NDArray[Any]:
+    """Return the values of a tensor or variable as a NumPy array."""
+    tensor = tensor_of(operation, argument, value)
+    if not hasattr(tensor, "numpy"):
+        fix = "In a graph, run it in a session first and pass what comes back."
+        _spec.fail(TypeError, operation, argument, "have a value", "a symbolic tensor", fix)
+    return np.asarray(tensor.numpy())
+
+
+def from_numpy(array: NDArray[Any], like: Tensor) -> Tensor:
+    """Return a NumPy array as a tensor, on the device of `like`."""
+    with tf.device(like.device):
+        return tf.constant(array)

@@ -8,7 +8,10 @@ them (`_ops`). All are differentiable, as often as one likes. The docstrings are
 import math
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fusebn import _moving, _spec
@@ -412,3 +415,20 @@ def _count_update(operation: str, variable: Tensor, decay: float) -> int:
         expected = "own its memory with zero_debias, which counts the updates of a tensor"
         _spec.fail(ValueError, operation, "variable", expected, "a view", "Pass the tensor itself.")
     return _moving.count_update(variable)
+
+
+# ---- to NumPy and back ----
+
+
+def to_numpy(operation: str, argument: str, value: Any) -> NDArray[Any]:
+    """Return a tensor's values as a NumPy array of its dtype."""
+    tensor = tensor_of(operation, argument, value).detach().cpu()
+    if tensor.dtype is torch.bfloat16:  # which NumPy itself does not know
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def from_numpy(array: NDArray[Any], like: Tensor) -> Tensor:
+    """Return a NumPy array's values as a tensor of the dtype of `like`, which is its own."""
+    bits = array.view(np.int16) if like.dtype is torch.bfloat16 else array
+    return torch.from_numpy(bits).view(like.dtype).to(like.device)
