@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fusebn import _moving, _numpy, _spec
+from fusebn import _moving, _numpy, _spec, _transforms
 from fusebn._results import FusedBatchNormGrad
+from fusebn.quantize import FakeQuantize
 
 Array = NDArray[Any]
 
 NONFINITE = ("propagate", "skip", "raise")
 
 
+class _Batch(NamedTuple):
+    """The statistics of a batch, as float64."""
+
+    count: float
+    mean: Array
+    variance: Array  # biased
+
+
 class _Call(NamedTuple):
     """What backward needs of the last call."""
 
     x: Array
-    mean: Array
+    mean: Array  # with the variance, as they normalized x
     variance: Array
     training: bool
     residual: Array | None
     weights: Any
     overwritten: bool
+    scale: Array | None  # as transformed
+    offset: Array | None
+    transformed: bool
+    batch: _Batch | None  # where its statistics were transformed
 
 
 def _checked_decay(operation: str, decay: float | None, zero_debias: bool) -> float | None:
@@ -83,6 +96,17 @@ class BatchNorm:
         channel in any case.
     dtype : dtype
         Of the parameters and moving statistics: float32 or float64. Inputs may have any type.
+    transforms : mapping, optional
+        Functions of a vector, by the name of the variable they apply to: "scale", "offset",
+        "moving_mean", "moving_variance". What they return normalizes in the variable's place; the
+        variable stays as it is. A variance below 0 becomes 0. For instance
+        ``{"scale": fusebn.quantize.FakeQuantize(8)}``.
+    transforms_active : bool, or boolean array of rank 0
+        Whether the transforms apply. An array is read at each call, so that it may switch several
+        layers. Without them the results are those of a layer without transforms, bit for bit.
+    transform_batch_statistics : bool
+        Whether, in training, the batch's mean and biased variance go through the transforms of the
+        moving statistics before they normalize x. The moving averages take up the batch's own.
 
     Attributes
     ----------
@@ -134,6 +158,10 @@ class BatchNorm:
         zero_debias: bool = False,
         nonfinite: str = "propagate",
         dtype: DTypeLike = np.float32,
+        *,
+        transforms: Mapping[str, Callable[..., Any]] | None = None,
+        transforms_active: Any = True,
+        transform_batch_statistics: bool = False,
     ) -> None:
         name = "BatchNorm"
         self.channels = _spec.positive_integer(name, "channels", channels)
@@ -152,6 +180,12 @@ class BatchNorm:
         self.moving_mean = np.zeros(channels, self.dtype)
         self.moving_variance = np.ones(channels, self.dtype)
         self.num_updates = 0
+        self.transforms = _transforms.checked(name, transforms)
+        _spec.flag(name, "transforms_active", transforms_active)
+        self.transforms_active = transforms_active
+        self.transform_batch_statistics = _spec.flag(
+            name, "transform_batch_statistics", transform_batch_statistics
+        )
         self._frozen = False
         self._last: _Call | None = None
 
@@ -190,6 +224,7 @@ class BatchNorm:
         residual: Any = None,
         weights: Any = None,
         out: Any = None,
+        transforms_active: Any = None,
     ) -> Array:
         """Normalize x.
 
@@ -213,6 +248,8 @@ class BatchNorm:
             them, even if they hold NaN, but normalized all the same. None means 1.
         out : array like x, optional
             Where y is written; it may be x itself, and then `backward` is not possible.
+        transforms_active : bool, or boolean array of rank 0, optional
+            Whether the transforms apply to this call. None: as the layer's says.
 
         Returns
         -------
@@ -233,23 +270,32 @@ class BatchNorm:
         update = training if update is None else _spec.flag(name, "update", update)
         if self._frozen:
             training = update = False
+        if transforms_active is None:
+            transforms_active = self.transforms_active
+        active = _spec.flag(name, "transforms_active", transforms_active)
+        scale = self._transformed("scale", self.scale, active, training)
+        offset = self._transformed("offset", self.offset, active, training)
+        own = training and active and self.transform_batch_statistics and bool(self.transforms)
         apart = update and (not training or self.nonfinite == "raise")
         # Statistics that may refuse the batch, or are not those that normalize it, come first.
-        batch = self._statistics(x, axis, weights) if apart else None
+        batch = self._statistics(x, axis, weights) if apart or own else None
+        if batch is not None and batch.count == 0:
+            own = False  # there are none to transform
         # Most batches are mixed in by the pass itself, which returns the new averages.
-        mixed = update and not apart and self.nonfinite == "propagate"
+        mixed = update and not (apart or own) and self.nonfinite == "propagate"
         mixed = mixed and _numpy.stat_dtype(x) == self.dtype
-        given = mixed or not training
+        mean, variance = self._normalizers(batch if own else None, active, training)
+        by_batch = training and not own
         result, normalizers, count = _numpy.forward(
             name,
             x,
-            self.scale,
-            self.offset,
-            self.moving_mean if given else None,
-            self.moving_variance if given else None,
+            scale,
+            offset,
+            mean if mixed or not by_batch else None,
+            variance if mixed or not by_batch else None,
             self.epsilon,
             axis,
-            training,
+            by_batch,
             self._factor() if mixed else 1.0,
             self.activation,
             residual,
@@ -259,16 +305,68 @@ class BatchNorm:
             keep_batch=True,
         )
         assert normalizers is not None
-        mean, variance = normalizers[0], normalizers[1]
         if mixed and count > 0:
             self._assign(result.mean, result.variance)
         elif update and not mixed:
-            self._update(*(batch or (count, mean, variance)))
-        overwritten = out is not None and np.may_share_memory(out, x)
-        self._last = _Call(x, mean, variance, training, residual, weights, overwritten)
+            self._update(batch or _Batch(count, *normalizers))
+        self._last = _Call(
+            x,
+            *normalizers,
+            by_batch,
+            residual,
+            weights,
+            out is not None and np.may_share_memory(out, x),
+            scale,
+            offset,
+            active,
+            batch if own else None,
+        )
         return result.y  # type: ignore[no-any-return]
 
-    def _statistics(self, x: Array, axis: int, weights: Any) -> tuple[float, Array, Array]:
+    def _transformed(
+        self, name: str, vector: Array | None, active: bool, training: bool
+    ) -> Array | None:
+        if name not in self.transforms:
+            return vector
+        given = self.transforms, name, vector, active, training
+        new: Array | None = _transforms.apply(_numpy.array_ops, "BatchNorm", *given)
+        return new
+
+    def _normalizers(
+        self, batch: _Batch | None, active: bool, training: bool
+    ) -> tuple[Array, Array]:
+        """Return the mean and variance to hand to the kernel; in training they are mixed in."""
+        mean, variance = self.moving_mean, self.moving_variance
+        if batch is not None:
+            mean, variance = batch.mean.astype(self.dtype), batch.variance.astype(self.dtype)
+        new = (
+            self._transformed("moving_mean", mean, active, training),
+            self._transformed("moving_variance", variance, active, training),
+        )
+        # By its own statistics a batch is normalized as it is: but transforms have observed.
+        kept = (mean, variance) if training and batch is None else new
+        return kept  # type: ignore[return-value]  # there is a mean, so there is one transformed
+
+    def effective_variables(self) -> dict[str, Any]:
+        """Return what normalizes in inference: the variables, as the transforms have them.
+
+        Returns
+        -------
+        dict
+            ``scale`` and ``offset``, None where the layer has none, ``mean``, ``variance``, of
+            shape (channels,); and ``epsilon``.
+        """
+        active = _spec.flag("BatchNorm", "transforms_active", self.transforms_active)
+        mean, variance = self._normalizers(None, active, False)
+        return {
+            "scale": self._transformed("scale", self.scale, active, False),
+            "offset": self._transformed("offset", self.offset, active, False),
+            "mean": mean,
+            "variance": variance,
+            "epsilon": self.epsilon,
+        }
+
+    def _statistics(self, x: Array, axis: int, weights: Any) -> _Batch:
         axes = tuple(a for a in range(x.ndim) if a != axis)
         count, mean, m2, _ = _numpy.moments_of_blocks("BatchNorm", x, axes, weights)
         finite = np.isfinite(mean) & np.isfinite(m2)
@@ -280,10 +378,11 @@ class BatchNorm:
             _spec.fail(
                 ValueError, "BatchNorm", "x", expected, f"NaN or Inf in channels {shown}", fix
             )
-        return count, mean, m2 / (count or 1)
+        return _Batch(count, mean, m2 / (count or 1))
 
-    def _update(self, count: float, mean: Array, variance: Array) -> None:
+    def _update(self, batch: _Batch) -> None:
         """Mix the batch's mean and biased variance into the moving ones."""
+        count, mean, variance = batch
         if count == 0:
             return
         unbiased = count / (count - self.correction) if count > self.correction else 1
@@ -332,12 +431,18 @@ class BatchNorm:
                 "BatchNorm.backward: the last call wrote y over x (out=x), and the gradient needs "
                 "x. Call the layer without out=."
             )
+        found = self._gradient(dy, last) if last.batch is None else self._between(dy, last)
+        dscale = self._back("scale", self.scale, found.dscale, last.transformed)
+        doffset = self._back("offset", self.offset, found.doffset, last.transformed)
+        return found._replace(dscale=dscale, doffset=doffset)
+
+    def _gradient(self, dy: Any, last: _Call) -> FusedBatchNormGrad:
         return _numpy.gradient(
             "BatchNorm.backward",
             dy,
             last.x,
-            self.scale,
-            self.offset,
+            last.scale,
+            last.offset,
             last.mean,
             last.variance,
             self.epsilon,
@@ -350,6 +455,43 @@ class BatchNorm:
             None,
         )
 
+    def _between(self, dy: Any, last: _Call) -> FusedBatchNormGrad:
+        """Return the gradients of a call whose batch statistics were transformed."""
+        batch = last.batch
+        assert batch is not None
+
+        def between(dmean: Array, dvariance: Array) -> tuple[Array, Array]:
+            dmean = self._back("moving_mean", batch.mean, dmean, True)
+            if "moving_variance" in self.transforms:
+                # What the transform made less than 0 is 0, whatever it was.
+                dvariance = np.where(last.variance > 0, dvariance, 0)
+                dvariance = self._back("moving_variance", batch.variance, dvariance, True)
+            # The kernel takes distances from the mean that normalized x.
+            return dmean - 2 * dvariance * (batch.mean - last.mean), dvariance
+
+        return _numpy.gradient_between(
+            dy,
+            last.x,
+            last.scale,
+            last.offset,
+            last.mean,
+            last.variance,
+            self.epsilon,
+            self.axis % last.x.ndim,
+            self.activation,
+            last.residual,
+            last.weights,
+            batch.count,
+            between,
+        )
+
+    def _back(self, name: str, vector: Any, gradient: Any, transformed: bool) -> Any:
+        """Take the gradient of what a transform made of a variable to the variable."""
+        transform = self.transforms.get(name) if transformed else None
+        if transform is None or gradient is None or not hasattr(transform, "gradient"):
+            return gradient  # straight through
+        return transform.gradient(vector.astype(self.dtype), gradient)
+
     # ---- the state ----
 
     def state_dict(self) -> dict[str, Array]:
@@ -357,7 +499,8 @@ class BatchNorm:
 
         ``scale`` and ``offset`` where the layer has them, ``moving_mean``, ``moving_variance``,
         ``num_updates``; and what the statistics mean: ``decay`` (NaN for None), ``epsilon``,
-        ``correction``, ``zero_debias``, ``frozen``.
+        ``correction``, ``zero_debias``, ``frozen``. A transform with a state_dict of its own adds
+        that, as ``transforms.scale.steps``.
         """
         state = {
             "scale": self.scale,
@@ -371,7 +514,18 @@ class BatchNorm:
             "zero_debias": np.array(self.zero_debias),
             "frozen": np.array(self._frozen),
         }
-        return {key: value.copy() for key, value in state.items() if value is not None}
+        own = {key: value.copy() for key, value in state.items() if value is not None}
+        for name, transform in self._stateful().items():
+            own |= {f"{name}.{key}": value for key, value in transform.state_dict().items()}
+        return own
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return the transforms that have a state, by the prefix of its keys."""
+        return {
+            f"transforms.{name}": transform
+            for name, transform in self.transforms.items()
+            if hasattr(transform, "state_dict")
+        }
 
     def load_state_dict(self, state: Any) -> None:
         """Take over a state, its convention included; all of it or, on an error, nothing.
@@ -385,7 +539,9 @@ class BatchNorm:
         own = self.state_dict()
         if not isinstance(state, Mapping):
             _spec.fail(TypeError, name, "state", "be a mapping", type(state).__name__)
-        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+        observed = {key: state[key] for key in state if str(key).startswith("transforms.")}
+        own = {key: value for key, value in own.items() if not key.startswith("transforms.")}
+        missing, unknown = own.keys() - state.keys(), state.keys() - own.keys() - observed.keys()
         if missing or unknown:
             got = "; ".join(
                 f"{what} {', '.join(sorted(map(str, keys)))}"
@@ -412,6 +568,7 @@ class BatchNorm:
         epsilon = _spec.non_negative(name, "epsilon", float(new["epsilon"]))
         correction = _spec.non_negative(name, "correction", float(new["correction"]))
 
+        self._load_observed(name, observed)
         for key in ("scale", "offset", "moving_mean", "moving_variance"):
             if key in new:
                 getattr(self, key)[...] = new[key]
@@ -419,6 +576,26 @@ class BatchNorm:
         self.zero_debias = bool(new["zero_debias"])
         self._decay, self.epsilon, self.correction = decay, epsilon, correction
         self._frozen = bool(new["frozen"])
+
+    def _load_observed(self, name: str, observed: Mapping[str, Any]) -> None:
+        """Give the transforms their states: all of them or, on an error, none."""
+        transforms = self._stateful()
+        states: dict[str, dict[str, Any]] = {prefix: {} for prefix in transforms}
+        for key, value in observed.items():
+            prefix, _, rest = key.rpartition(".")
+            if prefix not in states:
+                fix = "Construct the layer with the transforms that it had."
+                expected = f"be of a transform with a state: {', '.join(states) or 'there is none'}"
+                _spec.fail(ValueError, name, "state", expected, repr(key), fix)
+            states[prefix][rest] = value
+        before = {prefix: transform.state_dict() for prefix, transform in transforms.items()}
+        try:
+            for prefix, transform in transforms.items():
+                transform.load_state_dict(states[prefix])
+        except Exception:
+            for prefix, transform in transforms.items():
+                transform.load_state_dict(before[prefix])
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle or a copy is the layer, not the last batch that backward remembers.
@@ -429,7 +606,39 @@ class BatchNorm:
         return deepcopy(self)
 
     def config(self) -> dict[str, Any]:
-        """Return the arguments that construct a layer like this one, ready for JSON."""
+        """Return the arguments that construct a layer like this one, ready for JSON.
+
+        Transforms are written down as the arguments of :class:`fusebn.quantize.FakeQuantize`.
+
+        Raises
+        ------
+        TypeError
+            A transform is another function.
+        """
+        config = self._arguments()
+        if not self.transforms:
+            return config
+        for name, transform in self.transforms.items():
+            if type(transform) is not FakeQuantize:
+                fix = "Clear layer.transforms, and set them again when the layer is loaded."
+                expected, got = "be a FakeQuantize, to be written down", repr(transform)
+                argument = f"transforms[{name!r}]"
+                _spec.fail(TypeError, "BatchNorm.config", argument, expected, got, fix)
+        return config | {
+            "transforms": {name: of.config() for name, of in self.transforms.items()},
+            "transforms_active": bool(self.transforms_active),
+            "transform_batch_statistics": self.transform_batch_statistics,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BatchNorm:
+        """Return a layer like the one whose :meth:`config` this is."""
+        written = config.get("transforms", {})
+        transforms = {name: FakeQuantize(**arguments) for name, arguments in written.items()}
+        return cls(**{**config, "transforms": transforms})
+
+    def _arguments(self) -> dict[str, Any]:
+        """Return the constructor's arguments, without the transforms."""
         return {
             "channels": self.channels,
             "axis": self.axis,
@@ -445,5 +654,8 @@ class BatchNorm:
         }
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.config().items())
+        shown = self._arguments()
+        if self.transforms:
+            shown["transforms"] = self.transforms
+        arguments = ", ".join(f"{key}={value!r}" for key, value in shown.items())
         return f"BatchNorm({arguments})"

@@ -5,6 +5,7 @@ Each does three things in order: check the arguments (`_spec`), lay the arrays o
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # makes bfloat16 a dtype that NumPy knows
@@ -409,6 +410,84 @@ def gradient(
         None,
     )
     return FusedBatchNormGrad(dx, dscale, doffset, dresidual)
+
+
+def gradient_between(
+    dy: Any,
+    x: Array,
+    scale: Array | None,
+    offset: Array | None,
+    mean: Array,
+    variance: Array,
+    epsilon: float,
+    axis: int,
+    activation: Any,
+    residual: Array | None,
+    weights: Any,
+    count: float,
+    between: Callable[[Array, Array], tuple[Array, Array]],
+) -> FusedBatchNormGrad:
+    """Return the gradients where the batch's statistics were not those that normalized x.
+
+    They were made into `mean` and `variance`, and `between` goes that way back: given the gradients
+    of these two, it returns dmean and dvariance of the batch, in::
+
+        dx = scale * rstd * g + weight / count * (dmean + 2 * (x - mean) * dvariance)
+
+    with the mean that normalized x; all vectors are float64. Everything else has been checked.
+    """
+    operation = "BatchNorm.backward"
+    code, stat = _ELEMENTS[x.dtype]
+    shape, channels = x.shape, x.shape[axis]
+    dy = _like_x(operation, "dy", dy, x)
+    layout = layout_of_axis(x, axis)
+    if weights is not None:
+        weights = layout.positions(_position_weights(operation, weights, stat, shape, axis), stat)
+    shifted = variance + epsilon
+    rstd = np.where(shifted == 0, 0, 1 / np.sqrt(np.where(shifted == 0, 1, shifted)))
+    arrays = (
+        layout.memory(dy),
+        layout.memory(x),
+        mean,
+        rstd,
+    )
+    block = code, layout.outer, layout.channels, layout.inner
+    scale, offset = (
+        _vector(operation, name, value, stat, channels, shape)
+        for name, value in (("scale", scale), ("offset", offset))
+    )
+    parameters = (
+        scale,
+        offset,
+        None if residual is None else layout.memory(residual),
+        _spec.activation(operation, activation),
+    )
+    sum_g, sum_g_x = np.empty(channels), np.empty(channels)
+    _core.backward_sums(*block, *arrays, *parameters, sum_g, sum_g_x)
+    slope = rstd if scale is None else scale * rstd
+    dmean, dvariance = between(-slope * sum_g, -slope * rstd**2 / 2 * sum_g_x)
+    nothing = np.zeros(channels)
+    dx = layout.empty_like(x)
+    dresidual = None if residual is None else layout.empty_like(x)
+    _core.backward(
+        *block,
+        *arrays,
+        weights,
+        *parameters,
+        count,
+        nothing,
+        nothing,
+        dmean,
+        dvariance,
+        dx,
+        dresidual,
+    )
+    return FusedBatchNormGrad(
+        dx,
+        None if scale is None else (rstd * sum_g_x).astype(stat),
+        None if offset is None else sum_g.astype(stat),
+        dresidual,
+    )
 
 
 def fused_batch_norm_grad(

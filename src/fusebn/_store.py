@@ -82,8 +82,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         layers: dict[str, Any] = {}
         for name, config in json.loads(metadata["layers"]).items():
-            layer = BatchNorm(**config)
-            state = {key: tensors.pop(f"{name}.{key}") for key in layer.state_dict()}
+            layer = BatchNorm.from_config(config)
+            own, observed = f"{name}.", f"{name}.transforms."
+            keys = {own + key for key in layer.state_dict()}
+            keys |= {key for key in tensors if key.startswith(observed)}
+            state = {key.removeprefix(own): tensors.pop(key) for key in keys}
             layer.load_state_dict(state)
             layers[name] = layer
     except (KeyError, TypeError, ValueError, AttributeError) as error:

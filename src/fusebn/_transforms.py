@@ -78,5 +78,5 @@ def apply(
     message = f"{operation}: `{argument}` must return no NaN for what has none; got NaN."
     new = ops.refuse_nan(new, vector, message)
     if name == "moving_variance":
-        new = choose(ops, active, ops.maximum(new, ops.scalar(0, new)), new)
+        new = choose(ops, active, ops.where(new <= 0, ops.scalar(0, new), new), new)
     return new
