@@ -47,7 +47,9 @@ class Ops(NamedTuple):
     reshape: Callable[[Array, tuple[int, ...]], Array]
     stop_gradient: Callable[[Array], Array]
     cast: Callable[[Array, str], Array]  # to a dtype, by its name
-    scalar: Callable[[float, Array], Array]  # of a value, of the dtype and device of an array
+    # Of a value, of the dtype and device of an array; compilers must not see the value, since they
+    # replace a quotient by one they see by a product.
+    scalar: Callable[[float, Array], Array]
     dtype: Callable[[Array], str]  # its name
     rounded: Callable[[Array], Array]  # a product, rounded even where a sum follows
     # (new, old, message) -> new. Raises ValueError(message) where new holds a NaN and old does not:
@@ -209,10 +211,11 @@ def grid(ops: Ops, s: Settings, low: Array, high: Array) -> tuple[Array, Array]:
     """Return the step between two values, and the q that stands for 0, as a real."""
     nothing = ops.scalar(0, low)
     low, high = ops.minimum(low, nothing), ops.maximum(high, nothing)
+    largest = ops.scalar(s.largest, low)
     if s.symmetric:
-        step = ops.maximum(-low, high) / s.largest
+        step = ops.maximum(-low, high) / largest
     else:
-        step = high / s.largest - low / s.largest  # the difference first might overflow
+        step = high / largest - low / largest  # the difference first might overflow
     tiny = _SMALLEST_NORMAL[ops.dtype(step)]
     step = ops.where(step < tiny, nothing, step)
     if s.symmetric:
