@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, NamedTuple
 
@@ -260,6 +261,22 @@ class BatchNorm:
         TypeError, ValueError
             An argument does not fit. The layer is as it was.
         """
+        options = training, update, residual, weights, out, transforms_active
+        if not self.transforms:
+            return self._call(x, *options)
+        with self._whole():
+            return self._call(x, *options)
+
+    def _call(
+        self,
+        x: Any,
+        training: Any,
+        update: Any,
+        residual: Any,
+        weights: Any,
+        out: Any,
+        transforms_active: Any,
+    ) -> Array:
         name = "BatchNorm"
         x = _numpy.array_of(name, "x", x)
         axis = _spec.axis_of(name, "axis", self.axis, x.shape)
@@ -588,13 +605,20 @@ class BatchNorm:
                 expected = f"be of a transform with a state: {', '.join(states) or 'there is none'}"
                 _spec.fail(ValueError, name, "state", expected, repr(key), fix)
             states[prefix][rest] = value
-        before = {prefix: transform.state_dict() for prefix, transform in transforms.items()}
-        try:
+        with self._whole():
             for prefix, transform in transforms.items():
                 transform.load_state_dict(states[prefix])
-        except Exception:
-            for prefix, transform in transforms.items():
-                transform.load_state_dict(before[prefix])
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Leave the transforms as they are, if what is done within raises."""
+        transforms = self._stateful().values()
+        before = [transform.state_dict() for transform in transforms]
+        try:
+            yield
+        except BaseException:
+            for transform, state in zip(transforms, before, strict=True):
+                transform.load_state_dict(state)
             raise
 
     def __getstate__(self) -> dict[str, Any]:
