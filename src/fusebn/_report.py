@@ -1,5 +1,9 @@
-"""What `explain` says of the batch norms of a model, for every framework: rows, and their table."""
+"""What is said of the batch norms of a model, for every framework: rows, and their table.
 
+`explain` says what is fused into each, `explain_fold` which layer each can be folded into.
+"""
+
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -33,12 +37,8 @@ class Report(tuple[Row, ...]):
     def __str__(self) -> str:
         """Return the table."""
         heads = ("batch norm", "class", "fused with", "not more, because")
-        lines = [heads, tuple("-" * len(head) for head in heads)]
-        lines += [(row.name or "(itself)", row.kind, folded(row), row.reason) for row in self]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-        lines[1] = tuple("-" * width for width in widths)
-        shown = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-        return "\n".join(shown)
+        lines = ((row.name or "(itself)", row.kind, folded(row), row.reason) for row in self)
+        return _table(heads, lines)
 
     __repr__ = __str__
 
@@ -47,3 +47,37 @@ def folded(row: Row) -> str:
     """Say what is folded into a batch norm."""
     parts = [part for part in ("residual" * row.residual, row.activation) if part]
     return " + ".join(parts) if parts else "nothing" if row.ours else "-"
+
+
+class FoldRow(NamedTuple):
+    """One batch norm in a report of folding."""
+
+    name: str
+    """Where it is in the model."""
+    kind: str
+    """Its class."""
+    layer: str | None
+    """The layer that it is folded into, or None."""
+    reason: str
+    """Why it is not, or ""."""
+
+
+class FoldReport(tuple[FoldRow, ...]):
+    """The rows of ``explain_fold``; as a string, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """Return the table."""
+        heads = ("batch norm", "class", "folded into", "not, because")
+        lines = ((row.name or "(itself)", row.kind, row.layer or "-", row.reason) for row in self)
+        return _table(heads, lines)
+
+    __repr__ = __str__
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [heads, heads, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines[1] = tuple("-" * width for width in widths)
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
