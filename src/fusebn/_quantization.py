@@ -24,6 +24,7 @@ roundings; the one there is, in the average of the limits, is kept apart by `Ops
 below the smallest normal number is 0, since some frameworks flush such numbers and others do not.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ class Ops(NamedTuple):
     # (new, old, message) -> new. Raises ValueError(message) where new holds a NaN and old does not:
     # at once, or when values are known, or never if the framework cannot.
     refuse_nan: Callable[[Array, Array, str], Array]
+    # XLA multiplies by the reciprocal of what divides several numbers: there it must be hidden.
+    divide: Callable[[Array, Array], Array] = operator.truediv
 
 
 class Settings(NamedTuple):
@@ -213,14 +216,15 @@ def grid(ops: Ops, s: Settings, low: Array, high: Array) -> tuple[Array, Array]:
     low, high = ops.minimum(low, nothing), ops.maximum(high, nothing)
     largest = ops.scalar(s.largest, low)
     if s.symmetric:
-        step = ops.maximum(-low, high) / largest
+        step = ops.divide(ops.maximum(-low, high), largest)
     else:
-        step = high / largest - low / largest  # the difference first might overflow
+        # The difference first might overflow.
+        step = ops.divide(high, largest) - ops.divide(low, largest)
     tiny = _SMALLEST_NORMAL[ops.dtype(step)]
     step = ops.where(step < tiny, nothing, step)
     if s.symmetric:
         return step, nothing
-    return step, ops.round(-low / ops.where(step > 0, step, ops.scalar(1, step)))
+    return step, ops.round(ops.divide(-low, ops.where(step > 0, step, ops.scalar(1, step))))
 
 
 # Below it some frameworks have 0.
@@ -244,7 +248,8 @@ def _unclipped(
     """Return the q of x before it is clipped, and step and zero."""
     low, high = (ops.cast(limit, ops.dtype(x)) for limit in (low, high))
     step, zero = grid(ops, s, low, high)
-    return ops.round(x / ops.where(step > 0, step, ops.scalar(1, x))) + zero, step, zero
+    q = ops.round(ops.divide(x, ops.where(step > 0, step, ops.scalar(1, x)))) + zero
+    return q, step, zero
 
 
 def choose(ops: Ops, condition: Any, new: Array, old: Array) -> Array:
