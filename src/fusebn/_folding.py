@@ -169,9 +169,8 @@ def _check_exact(kind: str, padded: Any, shift: Array) -> None:
 
 # ---- the batch norm ----
 
-# What layers call scale, offset, mean, variance and epsilon: ours, PyTorch's, Keras's, Flax's.
+# What layers call scale, offset, mean, variance and epsilon: PyTorch's, Keras's, Flax's.
 _ATTRIBUTES = (
-    ("scale", "offset", "moving_mean", "moving_variance", "epsilon"),
     ("weight", "bias", "running_mean", "running_var", "eps"),
     ("gamma", "beta", "moving_mean", "moving_variance", "epsilon"),
     ("scale", "bias", "mean", "var", "epsilon"),

@@ -444,4 +444,5 @@ def to_numpy(operation: str, argument: str, value: Any) -> NDArray[Any]:
 def from_numpy(array: NDArray[Any], like: Array) -> Array:
     """Return NumPy's array as one of JAX's: where `like` is, or of another shape, among them."""
     shards_fit = len(like.devices()) == 1 or array.shape == like.shape
-    return jax.device_put(array, like.sharding if shards_fit and like.committed else None)
+    with jax.enable_x64(array.dtype == np.float64):
+        return jax.device_put(array, like.sharding if shards_fit and like.committed else None)
