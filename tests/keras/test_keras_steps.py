@@ -133,7 +133,7 @@ def test_a_backend_that_is_missing_is_left_out(monkeypatch: pytest.MonkeyPatch) 
     ("missing", "arguments", "message"),
     [
         (("jax",), ("--part", "jax-fit"), "--part jax-fit needs jax: pip install 'fusebn[jax]'"),
-        (("jax", "torch", "tensorflow"), (), "Keras has no backend"),
+        (("jax", "torch", "tensorflow"), (), "none of jax, tensorflow, torch is installed"),
         ((), ("--part", "layers"), "the parts of --keras are tensorflow, tensorflow-fit, torch"),
         ((), ("--shape", "8x4"), "--shape needs one --part: tensorflow, tensorflow-fit, torch"),
     ],

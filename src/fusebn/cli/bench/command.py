@@ -85,13 +85,19 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     help="Instead: layers and a small ResNet on each backend of Keras, ours against its own.",
 )
 @click.option(
+    "--quantize",
+    "framework",
+    flag_value="quantize",
+    help="Instead: what transforms of the variables cost, in each framework.",
+)
+@click.option(
     "--part",
     "parts",
     multiple=True,
     type=click.Choice(
         list(dict.fromkeys(s.part for suites in FRAMEWORKS.values() for s in suites if s.part))
     ),
-    help="With --torch, --jax or --keras: this alone, which has files of its own.",
+    help="With --torch, --jax, --keras or --quantize: this alone, which has files of its own.",
 )
 @click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
 @click.option("--json", "json_path", type=_FILE, help="Write the results here.")
@@ -131,7 +137,7 @@ def bench(
     elif (plot_path or out) and not find_spec("matplotlib"):
         raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
     if parts and framework in (None, "tensorflow"):
-        raise click.UsageError("--part goes with --torch, --jax or --keras")
+        raise click.UsageError("--part goes with --torch, --jax, --keras or --quantize")
     console = Console(highlight=False)
     where = machine()
     if framework:

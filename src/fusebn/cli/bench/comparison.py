@@ -1,4 +1,4 @@
-"""`fusebn bench --tensorflow`, `--torch`, `--jax` and `--keras`: which suites, cases, processes."""
+"""`fusebn bench --tensorflow`, `--torch`, ... `--quantize`: which suites, cases, processes."""
 
 from __future__ import annotations
 
@@ -43,18 +43,22 @@ def plans(wish: Wish) -> list[tuple[Suite, Plan]]:
 
 def _suites(wish: Wish) -> list[Suite]:
     all_of_them = FRAMEWORKS[wish.framework]
-    here = [suite for suite in all_of_them if not suite.backend or find_spec(suite.backend)]
+    here = [suite for suite in all_of_them if all(map(find_spec, suite.needs))]
     for part in wish.parts:
         if part not in (suite.part for suite in all_of_them):
             names = ", ".join(suite.part for suite in all_of_them)
             raise click.UsageError(f"the parts of --{wish.framework} are {names}; got {part}")
         if part not in (suite.part for suite in here):
-            backend = part.partition("-")[0]
+            [suite] = (suite for suite in all_of_them if suite.part == part)
+            packages = ", ".join(suite.needs)
             raise click.UsageError(
-                f"--part {part} needs {backend}: pip install 'fusebn[{backend}]'"
+                f"--part {part} needs {packages}: pip install 'fusebn[{packages}]'"
             )
     if not here:
-        raise click.UsageError("Keras has no backend: pip install 'fusebn[jax]'")
+        needs = sorted({package for suite in all_of_them for package in suite.needs})
+        raise click.UsageError(
+            f"none of {', '.join(needs)} is installed: pip install 'fusebn[jax]'"
+        )
     return [suite for suite in here if suite.part in (wish.parts or (suite.part,))]
 
 

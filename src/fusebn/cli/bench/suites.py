@@ -48,6 +48,7 @@ class Suite(NamedTuple):
     apart: bool = False  # every step in a process of its own, so that its memory is its own
     oracle: bool = True  # whether the oracle judges the answers; else the first of them does
     backend: str = ""  # of Keras: a process has one
+    needs: tuple[str, ...] = ()  # packages, besides what its framework's option asks for
 
     @property
     def tiny(self) -> bool:
@@ -260,6 +261,7 @@ Keras's BatchNormalization and ReLU divided by that of our one layer.
         ("channels-last",),
         USUAL_DTYPES[:1],
         backend=backend,
+        needs=(backend,),
     )
     fit = Suite(
         f"keras-{backend}-fit",
@@ -284,11 +286,61 @@ model after fusebn.keras.fuse.
         apart=True,
         oracle=False,
         backend=backend,
+        needs=(backend,),
     )
     return layers, fit
 
 
 KERAS = {backend: _keras(backend) for backend in ("tensorflow", "torch", "jax")}
+
+
+def _quantized(
+    framework: str, part: str, needs: tuple[str, ...], *more: Step, backend: str = ""
+) -> Suite:
+    """Return what transforms cost in a framework."""
+    return Suite(
+        f"quantize-{part}",
+        f"Convolution, batch norm and ReLU with transforms, {framework}",
+        framework,
+        f"quantized_{part.partition('-')[0]}",
+        _steps(
+            Step("fusebn", "fusebn", "fusebn"),
+            Step("transforms", "fusebn, four transforms", "fusebn"),
+            Step("statistics", "fusebn, batch statistics too", "fusebn"),
+            *more,
+        ),
+        """\
+A training step of a block: a 3x3 convolution, batch norm and ReLU, with fake
+quantization of the four variables switched on at run time; "batch statistics
+too" with transform_batch_statistics=True. A ratio is the time of a step divided
+by that of the same block without transforms; by hand is divided by our batch
+statistics too.
+"""
+        + MEMORY_NOTE,
+        ("16x56x56x64", "16x28x28x128", "16x14x14x256"),
+        ("16x28x28x128",),
+        ("channels-last",),
+        USUAL_DTYPES[:1],
+        oracle=False,
+        backend=backend,
+        needs=needs,
+    )
+
+
+QUANTIZE = (
+    _quantized("PyTorch", "torch", ("torch",)),
+    _quantized(
+        "TensorFlow",
+        "tensorflow",
+        ("tensorflow",),
+        Step("hand", "moments and cond, by hand", "statistics"),
+    ),
+    _quantized("JAX", "jax", ("jax", "flax")),
+    *(
+        _quantized("Keras", f"keras-{backend}", ("keras", backend), backend=backend)
+        for backend in KERAS
+    ),
+)
 
 # What an option of `fusebn bench` stands for.
 FRAMEWORKS = {
@@ -296,6 +348,7 @@ FRAMEWORKS = {
     "torch": (TORCH_CALLS, TORCH_LAYERS, TORCH_INFERENCE, TORCH_RESNET),
     "jax": (JAX_LAYERS, JAX_INFERENCE),
     "keras": tuple(suite for suites in KERAS.values() for suite in suites),
+    "quantize": QUANTIZE,
 }
 # The extra that brings what an option needs, and the packages that tell whether it is there.
 EXTRAS = {
@@ -303,4 +356,5 @@ EXTRAS = {
     "torch": ("torch", ("torch",)),
     "jax": ("flax", ("jax", "flax")),
     "keras": ("keras", ("keras",)),
+    "quantize": ("cli", ()),  # each suite has needs of its own
 }

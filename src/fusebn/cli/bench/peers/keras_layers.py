@@ -36,7 +36,7 @@ class Layers:
         """See Peer."""
         model = self._models[step.name] = self._model(step)
         x, dy = (keras.ops.convert_to_tensor(array) for array in (self._data.x, self._data.dy))
-        return _STEPS[keras.backend.backend()](model, x, dy)
+        return STEPS[keras.backend.backend()](model, x, dy)
 
     def answer(self, step: Step, result: Any) -> Answer:
         """See Peer."""
@@ -103,8 +103,8 @@ def _jax(model: Any, x: Any, dy: Any) -> Call:
             return model.stateless_call(trainable, moving, x, training=True)
 
         y, pullback, moving = jax.vjp(forward, trainable, x, has_aux=True)
-        (dscale, doffset), dx = pullback(dy)
-        return (y, dx, dscale, doffset), moving
+        gradients, dx = pullback(dy)
+        return (y, dx, *gradients), moving
 
     compiled = jax.jit(step)
     trainable = [variable.value for variable in model.trainable_variables]
@@ -133,7 +133,7 @@ def _torch(model: Any, x: Any, dy: Any) -> Call:
     return run
 
 
-_STEPS: dict[str, Callable[[Any, Any, Any], Call]] = {
+STEPS: dict[str, Callable[[Any, Any, Any], Call]] = {
     "tensorflow": _tensorflow,
     "jax": _jax,
     "torch": _torch,
