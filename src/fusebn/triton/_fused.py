@@ -1,0 +1,88 @@
+"""forward and gradient: the two compositions of the four verbs, as in csrc/core/fused.cpp."""
+
+import torch
+from torch import Tensor
+
+from fusebn.triton import _verbs
+from fusebn.triton._verbs import Block, Flowing, Normalization, Returned, Statistics
+
+
+def forward(
+    x: Tensor,
+    block: Block,
+    of: Normalization,
+    given: tuple[Tensor, Tensor] | None,
+    returned: Returned,
+    y: Tensor,
+) -> Statistics:
+    """Fill y and the returned statistics; return those that normalized x, for backward.
+
+    Without training these are the given ones, the count is 0, and what is returned is a copy of
+    them. Two launches in training, and one without.
+    """
+    if of.training:
+        statistics = _verbs.moments(x, block, of.weights, returned)
+    else:
+        assert given is not None
+        statistics = Statistics(x.new_zeros((), dtype=torch.float64), torch.stack(given).double())
+        for new, old in zip((returned.mean_out, returned.variance_out), given, strict=True):
+            if new is not old:
+                new.copy_(old)
+    _verbs.normalize(x, y, block, statistics, of)
+    return statistics
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    block: Block,
+    of: Normalization,
+    statistics: Statistics,
+    flowing: Flowing,
+    dx: Tensor,
+    dresidual: Tensor | None,
+    dscale: Tensor | None,
+    doffset: Tensor | None,
+    dgiven: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Fill the gradients that are wanted."""
+    into_given = not of.training and dgiven is not None
+    sums = None
+    g = None
+    if of.training or into_given or dscale is not None or doffset is not None:
+        g = dresidual if _is_exact(x, of.activation) else None
+        vectors = dscale, doffset, g
+        sums = _verbs.backward_sums(dy, x, block, statistics, of, *vectors)
+    if dgiven is not None:
+        _fill_given(dgiven, statistics, of, flowing, sums if into_given else None)
+    if g is not None:  # it is dresidual, done, and all that the second pass wants to know of dy
+        of = of._replace(activation="identity", residual=None)
+        dy, dresidual = g, None
+    if sums is None:
+        sums = statistics.batch  # not read without training
+    _verbs.backward(dy, x, block, statistics, of, sums, flowing, dx, dresidual)
+
+
+def _is_exact(x: Tensor, activation: str) -> bool:
+    """Say whether g, written down in the type of x, is what it was."""
+    wide = x.dtype in (torch.float32, torch.float64)
+    return activation != "identity" and (wide or activation in ("relu", "relu6"))
+
+
+def _fill_given(
+    dgiven: tuple[Tensor, Tensor],
+    statistics: Statistics,
+    of: Normalization,
+    flowing: Flowing,
+    sums: Tensor | None,
+) -> None:
+    """Fill the gradients of the given statistics: what passes through, and what normalizes."""
+    kept = 1.0 if not of.training else 1 - flowing.factor
+    shares = [torch.zeros_like(statistics.batch[0])] * 2
+    if sums is not None:
+        shifted = statistics.batch[1] + of.epsilon
+        rstd = torch.where(shifted == 0, 0, shifted.rsqrt())
+        slope = rstd if of.scale is None else of.scale * rstd
+        shares = [slope * sums[0], slope * rstd.square() / 2 * sums[1]]
+    for filled, flows, share in zip(dgiven, flowing[:2], shares, strict=True):
+        filled.copy_((0 if flows is None else kept * flows) - share)

@@ -1,0 +1,185 @@
+"""moments: count, mean and biased variance of each channel; and what `forward` returns of them.
+
+    count = sum of weight,   mean = sum of weight * x / count,
+    variance = sum of weight * (x - mean)^2 / count
+
+Method. A program has a running mean and m2 for each place of its tile (Welford 1962), of distances
+from the first value there: a mean far from 0 costs no digits, whatever the type. At the end the
+places are joined in float64, exactly (Chan, Golub, LeVeque 1983), and what the programs of a group
+found by the last of them to finish, in the order of their numbers: the result does not depend on
+who was last, and no float is ever added by an atomic.
+
+Safety. A program stores its partial results before it counts itself as finished (release), and
+reads the others' after it has seen the full count (acquire). The counter is 0 again when the last
+one is done. Where one program has the whole group there are no partial results at all.
+"""
+
+import triton
+import triton.language as tl
+
+from fusebn.triton._tiles import channel_of, over_rows, positions, tile_at
+
+
+@triton.jit
+def moments_kernel(
+    X, WEIGHTS, PARTIALS, FINISHED,
+    COUNT, BATCH, MEAN, VARIANCE, MEAN_OUT, VARIANCE_OUT, factor_high, factor_low,
+    rows, tail, width, stride, channels, groups, chunks, tiles, parts, turns,
+    FOLD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAT: tl.constexpr,
+    CORRECTION: tl.constexpr, MIXED: tl.constexpr, JOINED: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Fill COUNT and BATCH [2, channels], and the returned statistics where they are wanted."""
+    group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
+    first = tl.zeros([ROWS, WIDTH], STAT)  # the value at each place that distances are taken from
+    mean, m2, total = first, first, first
+    for turn in range(0, turns, AHEAD):
+        xs = ()
+        for k in tl.static_range(AHEAD):
+            base, offsets, data, row, column = tile_at(
+                (turn + k) * parts + part, group,
+                rows, tail, width, stride, chunks, tiles, FOLD, ROWS, WIDTH,
+            )  # fmt: skip
+            xs = xs + (tl.load(X + base + offsets, mask=data, other=0.0),)  # noqa: RUF005
+        for k in tl.static_range(AHEAD):
+            base, offsets, data, row, column = tile_at(
+                (turn + k) * parts + part, group,
+                rows, tail, width, stride, chunks, tiles, FOLD, ROWS, WIDTH,
+            )  # fmt: skip
+            x = xs[k].to(STAT)
+            if WEIGHTS is None:
+                weight = data.to(STAT)
+            else:
+                at = positions(row, column, width, channels, FOLD)
+                weight = tl.load(WEIGHTS + at, mask=data, other=0.0).to(STAT)
+            counts = weight > 0
+            first = tl.where(counts & (total == 0), x, first)
+            total += weight
+            # Where weight is 0, x has no part: not even a NaN.
+            distance = tl.where(counts, x - first - mean, 0.0)
+            mean += distance * (weight / tl.where(counts, total, 1.0))
+            m2 += weight * distance * tl.where(counts, x - first - mean, 0.0)
+
+    # The places of this program, joined.
+    total, m2 = total.to(tl.float64), m2.to(tl.float64)
+    mean = tl.where(total > 0, first.to(tl.float64) + mean.to(tl.float64), 0.0)
+    count = over_rows(total, FOLD)
+    joined = over_rows(total * mean, FOLD) / tl.where(count > 0, count, 1.0)
+    away = mean - (tl.sum(joined, 0) if FOLD == 0 else joined[None, :])
+    m2 = over_rows(m2 + total * away * away, FOLD)
+    mean = joined
+    lanes: tl.constexpr = 1 if FOLD == 0 else WIDTH
+    lane = tl.arange(0, lanes)
+    channel, there = channel_of(group, channels, width, FOLD, WIDTH)
+    kept: tl.constexpr = JOINED if FOLD > 1 else lanes
+    if FOLD > 1:
+        # The same channel stands in several columns: put the columns down, take them up by channel.
+        room = PARTIALS + (groups * parts * 3 + part * 3) * lanes
+        tl.store(room + lane, count)
+        tl.store(room + lanes + lane, mean)
+        tl.store(room + 2 * lanes + lane, m2)
+        tl.debug_barrier()
+        channel = tl.arange(0, JOINED)
+        there = channel < channels
+        count, mean, m2 = _join(room, lanes, channels, FOLD, channel, there, JOINED)
+    if parts > 1:
+        mine = PARTIALS + (group * parts + part) * 3 * kept + tl.arange(0, kept)
+        tl.store(mine, count)
+        tl.store(mine + kept, mean)
+        tl.store(mine + 2 * kept, m2)
+        tl.debug_barrier()
+        before = tl.atomic_add(FINISHED + group, 1, sem="acq_rel", scope="gpu")
+        if before == parts - 1:
+            tl.store(FINISHED + group, 0)
+            count, mean, m2 = _join_parts(
+                PARTIALS + group * parts * 3 * kept, parts, tl.arange(0, kept), kept
+            )
+            _finish(
+                count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
+                MEAN_OUT, VARIANCE_OUT, factor_high, factor_low, CORRECTION, MIXED,
+            )  # fmt: skip
+    else:
+        _finish(
+            count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
+            MEAN_OUT, VARIANCE_OUT, factor_high, factor_low, CORRECTION, MIXED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _join(
+    ROOM, between, step, FOLD: tl.constexpr, channel, there, JOINED: tl.constexpr
+):  # fmt: skip
+    """Join columns `step` apart, FOLD of them, of count, mean, m2 that lie `between` apart."""
+    count = tl.zeros([JOINED], tl.float64)
+    mean, m2 = count, count
+    for at in range(0, FOLD):
+        from_here = ROOM + at * step + channel
+        count, mean, m2 = _merged(
+            count,
+            mean,
+            m2,
+            tl.load(from_here, mask=there, other=0.0),
+            tl.load(from_here + between, mask=there, other=0.0),
+            tl.load(from_here + 2 * between, mask=there, other=0.0),
+        )
+    return count, mean, m2
+
+
+@triton.jit
+def _join_parts(PARTIALS, parts, lane, KEPT: tl.constexpr):
+    """Join what the programs of a group found, which other programs wrote: past the L1."""
+    count = tl.zeros([KEPT], tl.float64)
+    mean, m2 = count, count
+    for part in range(0, parts):
+        from_here = PARTIALS + part * 3 * KEPT + lane
+        count, mean, m2 = _merged(
+            count,
+            mean,
+            m2,
+            tl.load(from_here, cache_modifier=".cg"),
+            tl.load(from_here + KEPT, cache_modifier=".cg"),
+            tl.load(from_here + 2 * KEPT, cache_modifier=".cg"),
+        )
+    return count, mean, m2
+
+
+@triton.jit
+def _merged(count, mean, m2, more, its_mean, its_m2):
+    """Return the moments of both batches together."""
+    together = count + more
+    share = more / tl.where(together > 0, together, 1.0)
+    away = its_mean - mean
+    return together, mean + away * share, m2 + its_m2 + away * away * count * share
+
+
+@triton.jit
+def _finish(
+    count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
+    MEAN_OUT, VARIANCE_OUT, factor_high, factor_low,
+    CORRECTION: tl.constexpr, MIXED: tl.constexpr,
+):  # fmt: skip
+    """Store the statistics of some channels: what lies between the verbs, as in fused.cpp."""
+    undefined = float("nan")
+    # A channel that holds a NaN or an infinity has neither mean nor variance.
+    finite = m2 - m2 == 0
+    mean, m2 = tl.where(finite, mean, undefined), tl.where(finite, m2, undefined)
+    some = count > 0
+    n = tl.where(some, count, 1.0)
+    batch_mean = tl.where(some, mean, undefined)
+    variance = tl.where(some, m2 / n, undefined)
+    tl.store(BATCH + channel, batch_mean, mask=there)
+    tl.store(BATCH + channels + channel, variance, mask=there)
+    tl.store(COUNT + channel * 0, count, mask=there & (channel == 0))
+    if MEAN_OUT is not None:
+        unbiased = tl.where(count > CORRECTION, count - CORRECTION, n)
+        returned = tl.where(some, m2 / unbiased, undefined)
+        if MIXED:
+            factor = tl.zeros([1], tl.float64) + factor_high + factor_low
+            old_mean = tl.load(MEAN + channel, mask=there, other=0.0).to(tl.float64)
+            old_variance = tl.load(VARIANCE + channel, mask=there, other=0.0).to(tl.float64)
+            # A factor of 0 does not make NaN of what is not finite.
+            taken = some & (factor != 0)
+            kept = tl.where(some, 1 - factor, 1.0)
+            batch_mean = kept * old_mean + tl.where(taken, factor * mean, 0.0)
+            returned = kept * old_variance + tl.where(taken, factor * returned, 0.0)
+        tl.store(MEAN_OUT + channel, batch_mean, mask=there)
+        tl.store(VARIANCE_OUT + channel, returned, mask=there)

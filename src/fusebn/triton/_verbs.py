@@ -1,0 +1,215 @@
+"""The kernels, called on PyTorch's tensors: `moments`, `forward`, `gradient`, as the core has them.
+
+A caller has checked the arguments, and hands over tensors that lie as the plan says: dense blocks
+`[outer, channels, inner]`, all alike. Nothing waits for the device.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusebn.triton._backward import backward_kernel, backward_sums_kernel
+from fusebn.triton._moments import moments_kernel
+from fusebn.triton._normalize import normalize_kernel
+from fusebn.triton._plan import WARPS, Plan, plan
+
+_STAT = {torch.float64: (torch.float64, tl.float64)}
+_FLOAT32 = torch.float32, tl.float32
+
+
+class Block(NamedTuple):
+    """How a tensor lies in memory."""
+
+    outer: int
+    channels: int
+    inner: int
+
+
+class Normalization(NamedTuple):
+    """What normalizes, and what surrounds it."""
+
+    scale: Tensor | None  # of the statistics' type, as offset and weights
+    offset: Tensor | None
+    residual: Tensor | None
+    weights: Tensor | None  # one for each position: they weigh moments and what flows through them
+    activation: str
+    epsilon: float
+    training: bool
+
+
+class Statistics(NamedTuple):
+    """Of a batch, or given: what normalized x."""
+
+    count: Tensor  # [], float64
+    batch: Tensor  # [2, channels], float64: mean and biased variance
+
+
+class Returned(NamedTuple):
+    """What becomes of the batch's statistics; tensors of [channels] and of the statistics' type."""
+
+    mean: Tensor | None  # the given ones: read where the factor is not 1
+    variance: Tensor | None
+    mean_out: Tensor  # may be the given one
+    variance_out: Tensor
+    correction: float
+    factor: float
+
+
+def moments(
+    x: Tensor, block: Block, weights: Tensor | None, returned: Returned | None = None
+) -> Statistics:
+    """Return the statistics of a batch, and fill in those that are wanted of it."""
+    view, stat = _plan_of(x, block), _stat(x)
+    statistics = Statistics(
+        x.new_empty((), dtype=torch.float64), x.new_empty((2, block.channels), dtype=torch.float64)
+    )
+    none = Returned(None, None, None, None, 0.0, 1.0)  # type: ignore[arg-type]
+    given = returned or none
+    moments_kernel[(view.programs,)](
+        x, weights, *_room(x, view, 3),
+        *statistics, given.mean, given.variance, given.mean_out, given.variance_out,
+        *_pair(given.factor), *_walk(view), **_shape(view, stat),
+        CORRECTION=given.correction, MIXED=given.factor != 1, JOINED=_joined(view),
+        AHEAD=_ahead(x), num_warps=WARPS,
+    )  # fmt: skip
+    return statistics
+
+
+def normalize(
+    x: Tensor, y: Tensor, block: Block, statistics: Statistics, of: Normalization
+) -> None:
+    """Fill y."""
+    view, stat = _plan_of(x, block), _stat(x)
+    normalize_kernel[(view.programs,)](
+        x, of.residual, y, *statistics, of.scale, of.offset, *_walk(view), **_shape(view, stat),
+        EPSILON=of.epsilon, TRAINING=of.training, ACTIVATION=of.activation,
+        AHEAD=_ahead(x, of.residual), num_warps=WARPS,
+    )  # fmt: skip
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    block: Block,
+    statistics: Statistics,
+    of: Normalization,
+    dscale: Tensor | None = None,
+    doffset: Tensor | None = None,
+    g: Tensor | None = None,
+) -> Tensor:
+    """Return sum_g and sum_g_x, [2, channels] of float64; fill g, dscale, doffset if wanted."""
+    view, stat = _plan_of(x, block), _stat(x)
+    sums = x.new_empty((2, block.channels), dtype=torch.float64)
+    backward_sums_kernel[(view.programs,)](
+        dy, x, of.residual, g, *_room(x, view, 2),
+        *statistics, of.scale, of.offset, sums, dscale, doffset, *_walk(view),
+        **_shape(view, stat), EPSILON=of.epsilon, TRAINING=of.training,
+        ACTIVATION=of.activation, JOINED=_joined(view), AHEAD=_ahead(dy, x, of.residual),
+        num_warps=WARPS,
+    )  # fmt: skip
+    return sums
+
+
+class Flowing(NamedTuple):
+    """What flows into the statistics that `moments` returned; the last two are what it was told."""
+
+    dmean: Tensor | None
+    dvariance: Tensor | None
+    correction: float
+    factor: float
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    block: Block,
+    statistics: Statistics,
+    of: Normalization,
+    sums: Tensor,
+    flowing: Flowing,
+    dx: Tensor,
+    dresidual: Tensor | None,
+) -> None:
+    """Fill dx, and dresidual if it is wanted."""
+    view, stat = _plan_of(x, block), _stat(x)
+    backward_kernel[(view.programs,)](
+        dy, x, of.residual, of.weights, dx, dresidual,
+        *statistics, of.scale, of.offset, sums, flowing.dmean, flowing.dvariance,
+        *_pair(flowing.factor), *_walk(view), **_shape(view, stat),
+        EPSILON=of.epsilon, TRAINING=of.training, ACTIVATION=of.activation,
+        CORRECTION=flowing.correction, AHEAD=_ahead(dy, x, of.residual), num_warps=WARPS,
+    )  # fmt: skip
+
+
+# ---- what the kernels are told ----
+
+
+def _stat(x: Tensor) -> tuple[torch.dtype, Any]:
+    return _STAT.get(x.dtype, _FLOAT32)
+
+
+def _plan_of(x: Tensor, block: Block) -> Plan:
+    return plan(*block, x.element_size(), _processors(x.device))
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # Triton's interpreter: enough for programs to share a group
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _walk(view: Plan) -> tuple[int, ...]:
+    return (
+        view.rows,
+        view.tail,
+        view.width,
+        view.stride,
+        view.channels,
+        view.groups,
+        view.chunks,
+        view.tiles,
+        view.parts,
+        view.turns,
+    )
+
+
+def _shape(view: Plan, stat: tuple[torch.dtype, Any]) -> dict[str, Any]:
+    return {
+        "FOLD": view.fold,
+        "ROWS": view.tile_rows,
+        "WIDTH": view.tile_width,
+        "STAT": stat[1],
+    }
+
+
+def _joined(view: Plan) -> int:
+    """Return the length of what is kept of folded columns: the channels, as a power of two."""
+    return triton.next_power_of_2(view.channels) if view.fold > 1 else 1
+
+
+def _ahead(*read: Tensor | None) -> int:
+    """Return how many tiles to load before the first is needed: of all arrays, eight together."""
+    arrays = sum(array is not None for array in read)
+    return {1: 8, 2: 4, 3: 2}[arrays]
+
+
+def _room(x: Tensor, view: Plan, values: int) -> tuple[Tensor | None, Tensor | None]:
+    """Return the room for partial results, and the counters of who has finished, which are 0."""
+    lanes = view.tile_width if view.fold else 1
+    size = 0
+    if view.parts > 1:
+        size = view.groups * view.parts * values * lanes
+    if view.fold > 1:
+        size = 2 * view.groups * view.parts * values * lanes
+    room = x.new_empty(size, dtype=torch.float64) if size else None
+    finished = x.new_zeros(view.groups, dtype=torch.int32) if view.parts > 1 else None
+    return room, finished
+
+
+def _pair(value: float) -> tuple[float, float]:
+    """Return a number as two of float32, which is what kernels are called with."""
+    high = float(torch.tensor(value, dtype=torch.float32))
+    return high, value - high
