@@ -19,6 +19,7 @@ import triton.language as tl
 from fusebn.triton._tiles import (
     channel_of,
     constants,
+    is_last,
     over_rows,
     positions,
     rounded,
@@ -79,32 +80,20 @@ def backward_sums_kernel(
     lane = tl.arange(0, lanes)
     kept: tl.constexpr = JOINED if FOLD > 1 else lanes
     if FOLD > 1:
-        room = PARTIALS + (groups * parts * 2 + part * 2) * lanes
+        room = PARTIALS + (groups * parts + part) * 2 * lanes
         tl.store(room + lane, sum_g)
         tl.store(room + lanes + lane, sum_g_x)
         tl.debug_barrier()
         channel = tl.arange(0, JOINED)
         there = channel < channels
-        sum_g = tl.zeros([JOINED], tl.float64)
-        sum_g_x = sum_g
-        for at in range(0, FOLD):
-            from_here = room + at * channels + channel
-            sum_g += tl.load(from_here, mask=there, other=0.0)
-            sum_g_x += tl.load(from_here + lanes, mask=there, other=0.0)
+        sum_g, sum_g_x = _join(room, FOLD, channels, lanes, channel, there, JOINED)
     if parts > 1:
-        mine = PARTIALS + (group * parts + part) * 2 * kept + tl.arange(0, kept)
-        tl.store(mine, sum_g)
-        tl.store(mine + kept, sum_g_x)
-        tl.debug_barrier()
-        before = tl.atomic_add(FINISHED + group, 1, sem="acq_rel", scope="gpu")
-        if before == parts - 1:
-            tl.store(FINISHED + group, 0)
-            sum_g = tl.zeros([kept], tl.float64)
-            sum_g_x = sum_g
-            for one in range(0, parts):
-                from_here = PARTIALS + (group * parts + one) * 2 * kept + tl.arange(0, kept)
-                sum_g += tl.load(from_here, cache_modifier=".cg")
-                sum_g_x += tl.load(from_here + kept, cache_modifier=".cg")
+        here = tl.arange(0, kept)
+        of_group = PARTIALS + group * parts * 2 * kept
+        tl.store(of_group + part * 2 * kept + here, sum_g)
+        tl.store(of_group + part * 2 * kept + kept + here, sum_g_x)
+        if is_last(FINISHED, group, parts):
+            sum_g, sum_g_x = _join(of_group, parts, 2 * kept, kept, here, here >= 0, kept)
             _finish(
                 sum_g, sum_g_x, channel, there, channels, COUNT, BATCH, SCALE, OFFSET,
                 SUMS, DSCALE, DOFFSET, STAT, EPSILON, TRAINING,
@@ -114,6 +103,21 @@ def backward_sums_kernel(
             sum_g, sum_g_x, channel, there, channels, COUNT, BATCH, SCALE, OFFSET,
             SUMS, DSCALE, DOFFSET, STAT, EPSILON, TRAINING,
         )  # fmt: skip
+
+
+@triton.jit
+def _join(ROOM, rows, step, between, lane, there, LANES: tl.constexpr):
+    """Add up rows of both sums: rows `step` apart, the two of them `between` apart."""
+    at_once: tl.constexpr = max(1, min(64, 4096 // LANES))
+    sum_g = tl.zeros([LANES], tl.float64)
+    sum_g_x = sum_g
+    for first in range(0, rows, at_once):
+        row = first + tl.arange(0, at_once)
+        mask = (row < rows)[:, None] & there[None, :]
+        at = ROOM + row[:, None] * step + lane[None, :]
+        sum_g += tl.sum(tl.load(at, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        sum_g_x += tl.sum(tl.load(at + between, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    return sum_g, sum_g_x
 
 
 @triton.jit

@@ -17,7 +17,7 @@ one is done. Where one program has the whole group there are no partial results 
 import triton
 import triton.language as tl
 
-from fusebn.triton._tiles import channel_of, over_rows, positions, tile_at
+from fusebn.triton._tiles import channel_of, is_last, over_rows, positions, tile_at
 
 
 @triton.jit
@@ -73,26 +73,18 @@ def moments_kernel(
     kept: tl.constexpr = JOINED if FOLD > 1 else lanes
     if FOLD > 1:
         # The same channel stands in several columns: put the columns down, take them up by channel.
-        room = PARTIALS + (groups * parts * 3 + part * 3) * lanes
-        tl.store(room + lane, count)
-        tl.store(room + lanes + lane, mean)
-        tl.store(room + 2 * lanes + lane, m2)
+        room = PARTIALS + (groups * parts + part) * 3 * lanes
+        _store(room, lanes, lane, count, mean, m2)
         tl.debug_barrier()
         channel = tl.arange(0, JOINED)
         there = channel < channels
-        count, mean, m2 = _join(room, lanes, channels, FOLD, channel, there, JOINED)
+        count, mean, m2 = _join(room, FOLD, channels, lanes, channel, there, JOINED)
     if parts > 1:
-        mine = PARTIALS + (group * parts + part) * 3 * kept + tl.arange(0, kept)
-        tl.store(mine, count)
-        tl.store(mine + kept, mean)
-        tl.store(mine + 2 * kept, m2)
-        tl.debug_barrier()
-        before = tl.atomic_add(FINISHED + group, 1, sem="acq_rel", scope="gpu")
-        if before == parts - 1:
-            tl.store(FINISHED + group, 0)
-            count, mean, m2 = _join_parts(
-                PARTIALS + group * parts * 3 * kept, parts, tl.arange(0, kept), kept
-            )
+        here = tl.arange(0, kept)
+        of_group = PARTIALS + group * parts * 3 * kept
+        _store(of_group + part * 3 * kept, kept, here, count, mean, m2)
+        if is_last(FINISHED, group, parts):
+            count, mean, m2 = _join(of_group, parts, 3 * kept, kept, here, here >= 0, kept)
             _finish(
                 count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
                 MEAN_OUT, VARIANCE_OUT, factor_high, factor_low, CORRECTION, MIXED,
@@ -105,50 +97,35 @@ def moments_kernel(
 
 
 @triton.jit
-def _join(
-    ROOM, between, step, FOLD: tl.constexpr, channel, there, JOINED: tl.constexpr
-):  # fmt: skip
-    """Join columns `step` apart, FOLD of them, of count, mean, m2 that lie `between` apart."""
-    count = tl.zeros([JOINED], tl.float64)
-    mean, m2 = count, count
-    for at in range(0, FOLD):
-        from_here = ROOM + at * step + channel
-        count, mean, m2 = _merged(
-            count,
-            mean,
-            m2,
-            tl.load(from_here, mask=there, other=0.0),
-            tl.load(from_here + between, mask=there, other=0.0),
-            tl.load(from_here + 2 * between, mask=there, other=0.0),
-        )
-    return count, mean, m2
+def _store(ROOM, between, lane, count, mean, m2):
+    tl.store(ROOM + lane, count)
+    tl.store(ROOM + between + lane, mean)
+    tl.store(ROOM + 2 * between + lane, m2)
 
 
 @triton.jit
-def _join_parts(PARTIALS, parts, lane, KEPT: tl.constexpr):
-    """Join what the programs of a group found, which other programs wrote: past the L1."""
-    count = tl.zeros([KEPT], tl.float64)
-    mean, m2 = count, count
-    for part in range(0, parts):
-        from_here = PARTIALS + part * 3 * KEPT + lane
-        count, mean, m2 = _merged(
-            count,
-            mean,
-            m2,
-            tl.load(from_here, cache_modifier=".cg"),
-            tl.load(from_here + KEPT, cache_modifier=".cg"),
-            tl.load(from_here + 2 * KEPT, cache_modifier=".cg"),
-        )
-    return count, mean, m2
+def _join(ROOM, rows, step, between, lane, there, LANES: tl.constexpr):
+    """Join rows of counts, means and m2s: rows `step` apart, the three of them `between` apart.
 
-
-@triton.jit
-def _merged(count, mean, m2, more, its_mean, its_m2):
-    """Return the moments of both batches together."""
-    together = count + more
-    share = more / tl.where(together > 0, together, 1.0)
-    away = its_mean - mean
-    return together, mean + away * share, m2 + its_m2 + away * away * count * share
+    Distances from the first mean are summed up, in float64: no digit that matters is lost.
+    """
+    origin = tl.load(ROOM + between + lane, mask=there, other=0.0, cache_modifier=".cg")
+    at_once: tl.constexpr = max(1, min(64, 4096 // LANES))
+    count = tl.zeros([LANES], tl.float64)
+    total, squares, m2 = count, count, count
+    for first in range(0, rows, at_once):
+        row = first + tl.arange(0, at_once)
+        mask = (row < rows)[:, None] & there[None, :]
+        at = ROOM + row[:, None] * step + lane[None, :]
+        counts = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+        means = tl.load(at + between, mask=mask, other=0.0, cache_modifier=".cg")
+        m2 += tl.sum(tl.load(at + 2 * between, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        away = tl.where(counts > 0, means - origin[None, :], 0.0)
+        count += tl.sum(counts, 0)
+        total += tl.sum(counts * away, 0)
+        squares += tl.sum(counts * away * away, 0)
+    shift = total / tl.where(count > 0, count, 1.0)
+    return count, origin + shift, m2 + tl.maximum(squares - total * shift, 0.0)
 
 
 @triton.jit

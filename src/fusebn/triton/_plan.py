@@ -30,9 +30,10 @@ _WIDE = 512  # enough that a tile is one piece of memory of some lines a row
 _ALIGNED = 16
 # How much of a tile's width must be data for a view to be taken as it comes.
 _USED = 0.9
-# Programs for each multiprocessor. Two hide each other's latency; the join of the partial results,
-# which one program does, grows with them.
-_PROGRAMS = 2
+# Programs for each multiprocessor: two hide each other's latency. But where one program joins what
+# all of a group found, it should not find much: one, and strips of one line of memory.
+_PROGRAMS, _JOINED_PROGRAMS = 2, 1
+_LINE = 128
 
 
 class Plan(NamedTuple):
@@ -62,8 +63,13 @@ class Plan(NamedTuple):
         return -(-self.tiles // self.parts)
 
 
-def plan(outer: int, channels: int, inner: int, itemsize: int, processors: int) -> Plan:
-    """Divide a block among the programs of a device with so many multiprocessors."""
+def plan(
+    outer: int, channels: int, inner: int, itemsize: int, processors: int, *, joins: bool
+) -> Plan:
+    """Divide a block among the programs of a device with so many multiprocessors.
+
+    `joins` says whether the programs find something of their group, and one joins it.
+    """
     if inner == 1:
         fold = _fold(outer, channels)
         width = stride = fold * channels
@@ -72,12 +78,15 @@ def plan(outer: int, channels: int, inner: int, itemsize: int, processors: int) 
         fold, width, stride = 0, inner, channels * inner
         rows, tail = outer, 0
     tile_width = _tile_width(width)
+    if joins and fold == 1:
+        tile_width = min(tile_width, _LINE // itemsize)
     most = max(1, TILE_BYTES // itemsize // tile_width)
     tile_rows = min(most, _power_of_two(rows + (tail > 0)))
     chunks = -(-width // tile_width)
     down = -(-(rows + (tail > 0)) // tile_rows)
     groups, tiles = (chunks, down) if fold else (channels, down * chunks)
-    parts = max(1, min(tiles, -(-_PROGRAMS * processors // groups)))
+    programs = (_JOINED_PROGRAMS if joins else _PROGRAMS) * processors
+    parts = max(1, min(tiles, -(-programs // groups)))
     return Plan(
         channels,
         fold,

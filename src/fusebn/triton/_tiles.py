@@ -140,3 +140,17 @@ def through_activation(dy, z, ACTIVATION: tl.constexpr):
         )
     else:
         return dy
+
+
+@triton.jit
+def is_last(FINISHED, group, parts):
+    """Say whether this program is the last of its group; what the others stored can be read then.
+
+    Stored before by this program, it is seen by whoever is last. The counter is 0 again afterwards.
+    """
+    tl.debug_barrier()
+    before = tl.atomic_add(FINISHED + group, 1, sem="acq_rel", scope="gpu")
+    last = before == parts - 1
+    if last:
+        tl.store(FINISHED + group, 0)
+    return last

@@ -62,7 +62,7 @@ def moments(
     x: Tensor, block: Block, weights: Tensor | None, returned: Returned | None = None
 ) -> Statistics:
     """Return the statistics of a batch, and fill in those that are wanted of it."""
-    view, stat = _plan_of(x, block), _stat(x)
+    view, stat = _plan_of(x, block, joins=True), _stat(x)
     statistics = Statistics(
         x.new_empty((), dtype=torch.float64), x.new_empty((2, block.channels), dtype=torch.float64)
     )
@@ -82,7 +82,7 @@ def normalize(
     x: Tensor, y: Tensor, block: Block, statistics: Statistics, of: Normalization
 ) -> None:
     """Fill y."""
-    view, stat = _plan_of(x, block), _stat(x)
+    view, stat = _plan_of(x, block, joins=False), _stat(x)
     normalize_kernel[(view.programs,)](
         x, of.residual, y, *statistics, of.scale, of.offset, *_walk(view), **_shape(view, stat),
         EPSILON=of.epsilon, TRAINING=of.training, ACTIVATION=of.activation,
@@ -101,7 +101,7 @@ def backward_sums(
     g: Tensor | None = None,
 ) -> Tensor:
     """Return sum_g and sum_g_x, [2, channels] of float64; fill g, dscale, doffset if wanted."""
-    view, stat = _plan_of(x, block), _stat(x)
+    view, stat = _plan_of(x, block, joins=True), _stat(x)
     sums = x.new_empty((2, block.channels), dtype=torch.float64)
     backward_sums_kernel[(view.programs,)](
         dy, x, of.residual, g, *_room(x, view, 2),
@@ -134,7 +134,7 @@ def backward(
     dresidual: Tensor | None,
 ) -> None:
     """Fill dx, and dresidual if it is wanted."""
-    view, stat = _plan_of(x, block), _stat(x)
+    view, stat = _plan_of(x, block, joins=False), _stat(x)
     backward_kernel[(view.programs,)](
         dy, x, of.residual, of.weights, dx, dresidual,
         *statistics, of.scale, of.offset, sums, flowing.dmean, flowing.dvariance,
@@ -151,8 +151,8 @@ def _stat(x: Tensor) -> tuple[torch.dtype, Any]:
     return _STAT.get(x.dtype, _FLOAT32)
 
 
-def _plan_of(x: Tensor, block: Block) -> Plan:
-    return plan(*block, x.element_size(), _processors(x.device))
+def _plan_of(x: Tensor, block: Block, *, joins: bool) -> Plan:
+    return plan(*block, x.element_size(), _processors(x.device), joins=joins)
 
 
 def _processors(device: torch.device) -> int:
