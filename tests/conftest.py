@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
+
+# Triton decides when it is imported, by whomever, whether kernels are interpreted. On a GPU say 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import ml_dtypes

@@ -1,16 +1,9 @@
-"""The kernels in Triton's interpreter, on a CPU: programs run one after the other, in Python.
+"""The kernels in Triton's interpreter, on a CPU: programs run one after the other, in Python."""
 
-Importing this imports them so. What is to be compiled is compiled in a process of its own.
-"""
-
-import triton
 from triton.runtime import interpreter
 
-triton.knobs.runtime.interpret = True
-from fusebn.triton import _fused as fused  # noqa: E402
-from fusebn.triton import _verbs as verbs  # noqa: E402
-
-triton.knobs.runtime.interpret = False
+from fusebn.triton import _fused as fused
+from fusebn.triton import _verbs as verbs
 
 __all__ = ["fused", "verbs"]
 

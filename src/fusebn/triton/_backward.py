@@ -13,9 +13,9 @@ NaN. What is written to G in the first pass is read for g in the second, which t
 the residual nor the activation.
 """
 
-import triton
 import triton.language as tl
 
+import triton
 from fusebn.triton._tiles import (
     channel_of,
     constants,

@@ -14,9 +14,9 @@ reads the others' after it has seen the full count (acquire). The counter is 0 a
 one is done. Where one program has the whole group there are no partial results at all.
 """
 
-import triton
 import triton.language as tl
 
+import triton
 from fusebn.triton._tiles import channel_of, is_last, over_rows, positions, tile_at
 
 

@@ -9,8 +9,9 @@ and a program is number ``part * groups + group`` of the grid: neighbours share 
 tiles before it looks at the first: only so many bytes on their way keep the memory busy.
 """
 
-import triton
 import triton.language as tl
+
+import triton
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0: 1 / sqrt(2 pi)
@@ -135,9 +136,7 @@ def through_activation(dy, z, ACTIVATION: tl.constexpr):
         share = 1 / (1 + tl.exp(-z))
         return dy * share * (1 + z * (1 - share))
     elif ACTIVATION == "gelu":
-        return dy * (
-            0.5 * (1 + tl.erf(z * _ROOT_HALF)) + z * _DENSITY * tl.exp(-0.5 * z * z)
-        )
+        return dy * (0.5 * (1 + tl.erf(z * _ROOT_HALF)) + z * _DENSITY * tl.exp(-0.5 * z * z))
     else:
         return dy
 

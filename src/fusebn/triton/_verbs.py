@@ -7,10 +7,10 @@ A caller has checked the arguments, and hands over tensors that lie as the plan 
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton
 from fusebn.triton._backward import backward_kernel, backward_sums_kernel
 from fusebn.triton._moments import moments_kernel
 from fusebn.triton._normalize import normalize_kernel
@@ -161,19 +161,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# Of a plan, what kernels are told at run time, in their order.
+WALK = (
+    "rows", "tail", "width", "stride", "channels", "groups", "chunks", "tiles", "parts", "turns",
+)  # fmt: skip
+
+
 def _walk(view: Plan) -> tuple[int, ...]:
-    return (
-        view.rows,
-        view.tail,
-        view.width,
-        view.stride,
-        view.channels,
-        view.groups,
-        view.chunks,
-        view.tiles,
-        view.parts,
-        view.turns,
-    )
+    return tuple(getattr(view, name) for name in WALK)
 
 
 def _shape(view: Plan, stat: tuple[torch.dtype, Any]) -> dict[str, Any]:
