@@ -2,7 +2,8 @@
 
 `functional` has ``torch.nn.functional.batch_norm`` and what can be done in the same pass,
 `modules` the same as PyTorch's modules. `fuse` puts them into a whole model, `explain` says what
-that came to and `unfuse` takes them out again.
+that came to and `unfuse` takes them out again. `fold` takes the batch norms out of a model for
+inference, into the layers beside them.
 """
 
 from fusebn import _spec
@@ -16,6 +17,7 @@ except ModuleNotFoundError as error:
 
 from fusebn.torch import _functions as _functions  # found by `fusebn`; compilers cannot import
 from fusebn.torch._explain import explain
+from fusebn.torch._fold import explain_fold, fold
 from fusebn.torch._fuse import fuse, unfuse
 from fusebn.torch.functional import batch_norm
 from fusebn.torch.modules import (
@@ -39,6 +41,8 @@ __all__ = [
     "batch_norm",
     "convert_sync_batchnorm",
     "explain",
+    "explain_fold",
+    "fold",
     "fuse",
     "unfuse",
 ]

@@ -314,14 +314,14 @@ def openable(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], 
         user = _only_user(node)
         if node.op == "call_module" and user is not None and _is_sum(user):
             path, paths = str(node.target), set()
-            while _is_sequential(last := parent.get_submodule(path)) and len(last):
+            while is_sequential(last := parent.get_submodule(path)) and len(last):
                 paths.add(path)
                 path = f"{path}.{next(reversed(last._modules))}"
             found |= paths if is_norm(last) else set()
     return found
 
 
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     plain = inspect.unwrap(type(module).forward) is nn.Sequential.forward
     return plain and not is_watched(module)
 
