@@ -9,8 +9,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
+from torch import fx, nn
 
 from fusebn.torch import _folding, modules, sync
 from fusebn.torch._planning import MODES, in_mode, unplanned, walk
@@ -168,11 +167,11 @@ class _Search:
         self.layers = layers
         self.calls = _Calls(model, modes)
         self.names = {module: name for name, module, _ in walk(model)}
-        self.owners: dict[int, set[nn.Module]] = {}  # of the memory of each parameter
+        self.owners: dict[nn.Parameter, set[nn.Module]] = {}
         for module in self.names:
             for tensor in module._parameters.values():
                 if tensor is not None:
-                    self.owners.setdefault(_memory(tensor), set()).add(module)
+                    self.owners.setdefault(tensor, set()).add(module)
 
     def neighbour(self, name: str, norm: nn.Module, closed: str, before: bool) -> Neighbour:
         reason = closed or _why_not_norm(norm)
@@ -224,23 +223,14 @@ class _Search:
         """Say what in a layer, {}, forbids that it takes over a batch norm, or ""."""
         if is_watched(layer) or "forward" in vars(layer):
             return "{} has hooks, or a forward of its own"
-        if parametrize.is_parametrized(layer):
-            return "{} has parametrizations"
         if layer in self.calls.read:
             return "a forward reads the parameters of {}"
         for key, tensor in layer._parameters.items():
-            others = set() if tensor is None else self.owners[_memory(tensor)] - {layer}
+            others = set() if tensor is None else self.owners[tensor] - {layer}
             if others:
                 other = min(self.names[each] for each in others)
                 return f"the {key} of {{}} is that of {other!r} too"
         return ""
-
-
-def _memory(tensor: Tensor) -> int:
-    # Parameters in the same memory are tied, whatever objects they are.
-    if isinstance(tensor, nn.parameter.UninitializedParameter):
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _why_not_norm(norm: nn.Module) -> str:
