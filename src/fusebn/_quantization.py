@@ -80,6 +80,14 @@ class Settings(NamedTuple):
         """The least q."""
         return -self.largest if self.symmetric else 0
 
+    def __str__(self) -> str:
+        """Return what constructs the same: bits, and what is not as by default."""
+        default = settings()
+        bits, *rest = self._asdict().items()
+        shown = [str(bits[1])]
+        shown += [f"{key}={value!r}" for key, value in rest if value != getattr(default, key)]
+        return ", ".join(shown)
+
     @property
     def has_state(self) -> bool:
         """Whether what was seen before has a part in the result."""
@@ -163,6 +171,14 @@ def gradient(ops: Ops, s: Settings, x: Array, dy: Array, state: State | None) ->
     q, _, _ = _unclipped(ops, s, wide, *_limits_of(ops, s, wide, state))
     dx = ops.where((q >= s.least) & (q <= s.largest), dy, ops.scalar(0, dy))
     return _after_delay(ops, s, state, dx, dy)
+
+
+def codes(ops: Ops, s: Settings, x: Array, state: State | None) -> tuple[Array, Array, Array]:
+    """Return q of x, clipped, as a real; and step and zero, so that y = (q - zero) * step."""
+    wide = _wide(ops, x)
+    q, step, zero = _unclipped(ops, s, wide, *_limits_of(ops, s, wide, state))
+    least, largest = ops.scalar(s.least, wide), ops.scalar(s.largest, wide)
+    return ops.minimum(ops.maximum(q, least), largest), step, zero
 
 
 def _after_delay(ops: Ops, s: Settings, state: State | None, new: Array, old: Array) -> Array:

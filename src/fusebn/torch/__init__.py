@@ -28,12 +28,14 @@ from fusebn.torch.modules import (
     LazyBatchNorm2d,
     LazyBatchNorm3d,
 )
+from fusebn.torch.quantize import FakeQuantize
 from fusebn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FakeQuantize",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

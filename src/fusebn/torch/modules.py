@@ -5,14 +5,16 @@ things that nobody wants as they are: the running statistics stay float32 in a m
 precision, a recomputation updates nothing, and an error leaves the module as it was.
 """
 
-from collections.abc import Callable
 from types import EllipsisType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from fusebn import _spec
+from fusebn.torch import _calls
+from fusebn.torch._calls import is_recomputation, is_symbol
+from fusebn.torch._wide import Wide
 from fusebn.torch.functional import batch_norm
 
 __all__ = [
@@ -26,7 +28,6 @@ __all__ = [
 
 NONFINITE = ("propagate", "skip", "raise")
 
-_RUNNING = ("running_mean", "running_var")
 _MOMENTUM = 0.1  # PyTorch's default
 
 
@@ -41,18 +42,7 @@ def momentum_of(name: str, momentum: float | None, decay: float | None) -> float
     return 1 - _spec.fraction(name, "decay", decay, "It is the weight of the old value.")
 
 
-def is_recomputation() -> bool:
-    """Say whether this forward repeats one that has been, for the sake of a running backward.
-
-    Activation checkpointing throws away what a forward made and makes it again when backward asks
-    for it. That happens in the thread of the backward and within it, with either value of
-    ``use_reentrant`` and in whatever else recomputes (reversible networks); a forward of its own
-    does not run there. Compilers decide themselves what they recompute.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class Extended(torch.nn.modules.batchnorm._BatchNorm):
+class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
     """What the modules do beyond PyTorch's. A constructor calls `_extend` when PyTorch's is done.
 
     The defaults stand in the class, so that PyTorch's own modules lack nothing to become ours.
@@ -63,6 +53,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
     nonfinite: str = "propagate"
     axis: int = 1
     _frozen: bool = False
+    _wide: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
 
     def _extend(self, activation: str | None, correction: float, nonfinite: str, axis: int) -> None:
         name = type(self).__name__
@@ -106,27 +97,6 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         self._frozen = False
         return self
 
-    # ---- the type of the statistics ----
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = [self._buffers.get(name) for name in _RUNNING]
-        super()._apply(fn, recurse)
-        for name, old in zip(_RUNNING, before, strict=True):
-            new = self._buffers.get(name)
-            if new is not None and old is not None and _is_half(new):
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
-
-    def _widen(self) -> None:
-        """Make statistics of half precision float32: in those an average stalls.
-
-        A step of less than half a unit in the last place, 2**-9 of the value in bfloat16, is lost.
-        """
-        for name in _RUNNING:
-            buffer = self._buffers[name]
-            if buffer is not None and _is_half(buffer):
-                self._buffers[name] = buffer.float()
-
     # ---- forward ----
 
     def forward(
@@ -151,7 +121,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             One non-negative real for each position, in the shape of `input` without the channels:
             see :func:`fusebn.torch.batch_norm`.
         """
-        if _is_symbol(input):
+        if is_symbol(input):
             node: Tensor = self._node(input, residual, activation, weights)
             return node
         self._check_input_dim(input)
@@ -187,13 +157,11 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             return self.weight, self.bias
 
     def _node(self, input: Any, residual: Any, activation: Any, weights: Any) -> Any:
-        """Stay one node where torch.fx traces, as PyTorch's own modules do."""
         tensors = (input,) if residual is None else (input, residual)
         given = {} if activation is ... else {"activation": activation}
         if weights is not None:
             given["weights"] = weights
-        tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, given)
+        return _calls.node(self, tensors, given)
 
     def _normalize(
         self,
@@ -278,18 +246,10 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         _spec.fail(ValueError, name, "input", expected, got, fix)
 
 
-def _is_symbol(input: Any) -> bool:
-    return isinstance(input, torch.fx.Proxy)
-
-
 def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Copy tensors unseen by modes: selective checkpointing counts the ops of both forwards."""
     with torch._C._DisableTorchDispatch():
         return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
-
-
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 # ---- of a given number of channels ----
