@@ -181,6 +181,11 @@ ADAPTER_ARROWS = {
         "_fuse": {"_folding", "layers"},
         "_folding": {"_spec", "layers"},
     },
+    "onnx": {
+        "__init__": {"_patterns", "_report", "_spec"},
+        "_patterns": {"_folding", "_graph", "_report"},
+        "_graph": set(),
+    },
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
 # What an adapter may import besides its own framework: libraries on it, or the backends under it.
