@@ -3,7 +3,7 @@
 `functional` has ``torch.nn.functional.batch_norm`` and what can be done in the same pass,
 `modules` the same as PyTorch's modules. `fuse` puts them into a whole model, `explain` says what
 that came to and `unfuse` takes them out again. `fold` takes the batch norms out of a model for
-inference, into the layers beside them.
+inference, into the layers beside them; `qat` trains for inference in few bits.
 """
 
 from fusebn import _spec
@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     _spec.missing("fusebn.torch", "torch")
 
 from fusebn.torch import _functions as _functions  # found by `fusebn`; compilers cannot import
+from fusebn.torch import qat
 from fusebn.torch._explain import explain
 from fusebn.torch._fold import explain_fold, fold
 from fusebn.torch._fuse import fuse, unfuse
@@ -46,5 +47,6 @@ __all__ = [
     "explain_fold",
     "fold",
     "fuse",
+    "qat",
     "unfuse",
 ]

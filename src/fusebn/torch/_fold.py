@@ -11,7 +11,7 @@ from fusebn import _spec
 from fusebn._folding import fold as fold_arrays
 from fusebn._report import FoldReport, FoldRow
 from fusebn.torch._fuse import unfuse
-from fusebn.torch._neighbours import TRANSPOSED, Neighbour, neighbours, rank_between
+from fusebn.torch._neighbours import TRANSPOSED, Neighbour, Neighbours, rank_between, replace
 from fusebn.torch._planning import check
 from fusebn.torch._portable import ACTIVATIONS
 
@@ -87,10 +87,10 @@ def fold(model: M, *, before: bool = False) -> M:
     _check(model, "fold")
     before = _spec.flag("fold", "before", before)
     folded = unfuse(copy.deepcopy(model))
-    for found in neighbours(folded, before=before):
+    for found in Neighbours(folded).find(before):
         if found.layer is not None:
             _fold_in(found)
-            _replace(folded, found.norm, _rest(found))
+            replace(folded, found.norm, _rest(found))
     return folded
 
 
@@ -132,7 +132,7 @@ def explain_fold(model: nn.Module, *, before: bool = False) -> FoldReport:
     """
     _check(model, "explain_fold")
     before = _spec.flag("explain_fold", "before", before)
-    found = neighbours(model, before=before)
+    found = Neighbours(model).find(before)
     return FoldReport(
         FoldRow(each.name, type(each.norm).__name__, each.layer_name, each.reason) for each in found
     )
@@ -182,17 +182,9 @@ def _variables(norm: Any) -> Any:
     }
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    new.train(old.training)
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is old:
-                module._modules[name] = new
-
-
 # ---- what is left of a batch norm ----
 
-_MODULES = {
+ACTIVATION_MODULES = {
     None: nn.Identity,
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -207,7 +199,7 @@ def _rest(found: Neighbour) -> nn.Module:
     activation = getattr(found.norm, "activation", None)
     rank = rank_between(found.norm, found.layer)
     if rank is None and all(call.is_plain for call in found.calls):
-        return _MODULES[activation]()
+        return ACTIVATION_MODULES[activation]()
     return Rest(activation, rank)
 
 

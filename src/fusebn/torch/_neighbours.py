@@ -143,27 +143,20 @@ class Neighbour(NamedTuple):
     reason: str
 
 
-def neighbours(
-    model: nn.Module,
-    layers: tuple[type, ...] = LAYERS,
-    before: bool = False,
-    modes: tuple[bool, ...] = (False,),
-) -> list[Neighbour]:
-    """Return every batch norm of a model, with the layer it comes after, or why there is none.
-
-    With `before`, where there is none, the layer that it comes before.
-    """
-    search = _Search(model, layers, modes)
-    norms = [each for each in walk(model) if isinstance(each[1], nn.modules.batchnorm._BatchNorm)]
-    return [search.neighbour(*each, before) for each in norms]
-
-
 class _No(Exception):
     """There is no such layer; says why."""
 
 
-class _Search:
-    def __init__(self, model: nn.Module, layers: tuple[type, ...], modes: tuple[bool, ...]) -> None:
+class Neighbours:
+    """What stands beside the batch norms of a model, in these modes."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[type, ...] = LAYERS,
+        modes: tuple[bool, ...] = (False,),
+    ) -> None:
+        self.model = model
         self.layers = layers
         self.calls = _Calls(model, modes)
         self.names = {module: name for name, module, _ in walk(model)}
@@ -173,7 +166,15 @@ class _Search:
                 if tensor is not None:
                     self.owners.setdefault(tensor, set()).add(module)
 
-    def neighbour(self, name: str, norm: nn.Module, closed: str, before: bool) -> Neighbour:
+    def find(self, before: bool = False) -> list[Neighbour]:
+        """Return every batch norm, with the layer that it comes after, or why there is none.
+
+        With `before`, where there is none, the layer that it comes before.
+        """
+        norm = nn.modules.batchnorm._BatchNorm
+        return [self._of(*each, before) for each in walk(self.model) if isinstance(each[1], norm)]
+
+    def _of(self, name: str, norm: nn.Module, closed: str, before: bool) -> Neighbour:
         reason = closed or _why_not_norm(norm)
         if not reason and norm not in self.calls.of:
             reason = self.calls.why_unseen(name)
@@ -285,3 +286,12 @@ def rank_between(norm: Any, layer: Any) -> int | None:
         return 2 if getattr(norm, "axis", 1) == 1 else None
     kernel = len(layer.kernel_size)
     return 2 + kernel if kernel == 1 or isinstance(norm, nn.SyncBatchNorm) else None
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, in its mode."""
+    new.train(old.training)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
