@@ -53,7 +53,9 @@ def fold(source: Path, target: Path, force: bool, shapes: dict[str, tuple[int, .
     """
     if target.exists() and target.samefile(source) and not force:
         raise click.BadParameter("is IN; --force replaces it.", param_hint="'OUT'")
-    # Here, not above: it needs the extra `onnx`.
+    # Here, not above: they need the extra `onnx`; the first is what is missing without it.
+    import onnx  # noqa: F401
+
     from fusebn.cli.fold.job import run
 
     try:
