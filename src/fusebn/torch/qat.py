@@ -373,7 +373,7 @@ class _ConvBatchNorm(_ConvNd):
         state = quantize._state(weight) if settings.has_state else None
         codes, step, zero = _quantization.codes(array_ops, settings, weight, state)
         codes = codes.to(_narrowest(settings.least, settings.largest))
-        return QuantizedWeight(codes, step, zero.to(torch.int32))
+        return QuantizedWeight(codes, step, zero.to(torch.int32).expand(step.shape))
 
 
 # Below it a product with a weight may be no normal number of float32.
