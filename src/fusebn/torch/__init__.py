@@ -28,6 +28,7 @@ from fusebn.torch.modules import (
     LazyBatchNorm1d,
     LazyBatchNorm2d,
     LazyBatchNorm3d,
+    set_transforms_active,
 )
 from fusebn.torch.quantize import FakeQuantize
 from fusebn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
@@ -48,5 +49,6 @@ __all__ = [
     "fold",
     "fuse",
     "qat",
+    "set_transforms_active",
     "unfuse",
 ]

@@ -175,7 +175,7 @@ def _checked(
     _check_tensors(input, weight, bias, running_mean, running_var)
     options = _options.__wrapped__(training, input.ndim, axis, eps, correction, factor, activation)
     if training:
-        _check_size(input, options.axis)
+        check_size(input, options.axis)
     _check_running(running_mean, running_var, training)
     channels = input.shape[options.axis]
     _check_running_vector("running_mean", running_mean, input, channels)
