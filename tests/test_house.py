@@ -52,8 +52,21 @@ ARROWS = {
 # The same for adapters that are folders: of their own modules, and of fusebn's.
 ADAPTER_ARROWS = {
     "tensorflow": {
-        "__init__": {"_ops", "_spec", "layers", "moving_averages", "nn"},
+        "__init__": {"_ops", "_quantize", "_spec", "layers", "moving_averages", "nn"},
+        "_quantize": {
+            "_arguments",
+            "_array_ops",
+            "_autograph",
+            "_functions",
+            "_quantization",
+            "_spec",
+            "_transforms",
+        },
+        "_transformed": {"_array_ops", "_transforms"},
+        "_array_ops": {"_ops", "_quantization"},
         "layers": {
+            "_transformed",
+            "_transforms",
             "_arguments",
             "_autograph",
             "_batch_norm",
@@ -65,8 +78,23 @@ ADAPTER_ARROWS = {
         },
         "nn": {"_autograph", "_functions", "_results", "_spec"},
         "_arguments": {"_functions", "_spec"},
-        "_batch_norm": {"_functions", "_groups", "_renorm", "moving_averages"},
-        "_functions": {"_autograph", "_ops", "_portable", "_results", "_spec", "moving_averages"},
+        "_batch_norm": {
+            "_functions",
+            "_groups",
+            "_portable",
+            "_renorm",
+            "_transformed",
+            "moving_averages",
+        },
+        "_functions": {
+            "_array_ops",
+            "_autograph",
+            "_ops",
+            "_portable",
+            "_results",
+            "_spec",
+            "moving_averages",
+        },
         "_renorm": {"_variables", "moving_averages"},
         "moving_averages": {"_autograph", "_spec", "_variables"},
         "_ops": {"_core", "_portable"},

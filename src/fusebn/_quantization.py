@@ -235,15 +235,20 @@ def grid(ops: Ops, s: Settings, low: Array, high: Array) -> tuple[Array, Array]:
         step = ops.divide(ops.maximum(-low, high), largest)
     else:
         # The difference first might overflow.
-        step = ops.divide(high, largest) - ops.divide(low, largest)
-    tiny = _SMALLEST_NORMAL[ops.dtype(step)]
-    step = ops.where(step < tiny, nothing, step)
+        above, below = ops.divide(high, largest), ops.divide(-low, largest)
+        step = _normal(ops, above) + _normal(ops, below)
+    step = _normal(ops, step)
     if s.symmetric:
         return step, nothing
     return step, ops.round(ops.divide(-low, ops.where(step > 0, step, ops.scalar(1, step))))
 
 
-# Below it some frameworks have 0.
+def _normal(ops: Ops, x: Array) -> Array:
+    """Return x >= 0, or 0 below the smallest normal number, where some frameworks have 0 anyway."""
+    tiny = _SMALLEST_NORMAL[ops.dtype(x)]
+    return ops.where(x < tiny, ops.scalar(0, x), x)
+
+
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 
