@@ -223,6 +223,22 @@ def test_synchronized_batch_norms():
         assert_folds(model, torch.randn(2, 3, 5, 5).double(), layers=["0"])
 
 
+def test_transforms_are_folded_as_they_are_now():
+    transforms = {"scale": fbt.FakeQuantize(4), "moving_variance": torch.square}
+    norm = fbt.BatchNorm2d(4, transforms=transforms, activation="relu")
+    model = randomized(nn.Sequential(convolution(3, 4), norm))
+    x = torch.randn(2, 3, 5, 5).double()
+    quantized = assert_folds(model, x, layers=["0"])
+    norm.transforms_active = torch.tensor(False)
+    plain = assert_folds(model, x, layers=["0"])
+    assert not torch.allclose(plain[0].weight, quantized[0].weight)
+
+
+def test_transforms_that_a_call_switches_are_not_folded():
+    model = randomized(Residual(transforms_active=False))
+    assert why_not_ours(model) == "whether its transforms are active is said in its call"
+
+
 # ---- an axis that only the input tells ----
 
 

@@ -551,6 +551,8 @@ def test_what_is_not_prepared():
             return self.bn(self.conv(x), residual=x)
 
     assert qat.explain(Added())[0].reason == "it is called with more than its input"
+    transformed = nn.Sequential(nn.Conv2d(3, 3, 1), fbt.BatchNorm2d(3, transforms={"scale": same}))
+    assert qat.explain(transformed)[0].reason == "it has transforms"
 
 
 def test_training_in_few_bits_brings_back_what_rounding_lost():
@@ -620,6 +622,11 @@ def test_errors():
             ValueError,
             "`bn` must have its channels second",
             lambda: fused2(conv, fbt.BatchNorm2d(6, axis=-1)),
+        ),
+        (
+            ValueError,
+            "`bn` must have no transforms; got ['scale']",
+            lambda: fused2(conv, fbt.BatchNorm2d(6, transforms={"scale": same})),
         ),
         (
             TypeError,

@@ -98,7 +98,10 @@ class _Calls:
 
 
 def _is_parent(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward and any(module.children())
+    """Say whether a forward may call layers and batch norms; these have transforms at most."""
+    single = (nn.modules.batchnorm._BatchNorm, nn.modules.conv._ConvNd, nn.Linear)
+    own = type(module).forward is not nn.Module.forward
+    return own and any(module.children()) and not isinstance(module, single)
 
 
 def _sequentials(module: nn.Module) -> Iterator[nn.Module]:
@@ -180,6 +183,8 @@ class Neighbours:
             reason = self.calls.why_unseen(name)
         if not reason and norm in self.calls.read:
             reason = "a forward reads its parameters or statistics"
+        if not reason and any("transforms_active" in c.node.kwargs for c in self.calls.of[norm]):
+            reason = "whether its transforms are active is said in its call"
         if reason:
             return Neighbour(name, norm, None, None, False, (), reason)
         reasons = []
