@@ -253,6 +253,7 @@ class _Normalize(torch.autograd.Function):
         if dy is None:
             return (None,) * 7
         tensors, link = ctx.saved_tensors, ctx.link
+        link.handed = None  # what is there, nobody fetched
         x, scale, offset, mean, variance, residual = tensors
         needed, options = ctx.needs_input_grad, link.options
         if torch.is_grad_enabled() or not _ops.is_plain(dy) or is_legacy_batchedtensor(dy):

@@ -43,6 +43,10 @@ class Transforms(torch.nn.Module):
         """Return the names of the variables that are transformed."""
         return [name for name in VARIABLES if self.get(name) is not None]
 
+    def items(self) -> list[tuple[str, Any]]:
+        """Return the names and their functions."""
+        return [(name, self.get(name)) for name in self.keys()]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
