@@ -74,6 +74,11 @@ def folded(model: onnx.ModelProto, left: str, *into: str, **options: Any) -> onn
     for field in ("input", "output"):
         names = [[value.name for value in getattr(m.graph, field)] for m in (model, new)]
         assert names[0] == names[1] or (field == "input" and model.ir_version < 4)
+    if new.ir_version < 4:
+        shapes = {
+            v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in new.graph.input
+        }
+        assert all(shapes[tensor.name] == tensor.dims for tensor in new.graph.initializer)
     unread = {t.name for t in new.graph.initializer} - {i for n in new.graph.node for i in n.input}
     assert not unread
     return new
@@ -126,7 +131,8 @@ def test_gemm(opset, shape):
     turned = opset % 2
     held = arrays(w=(6, 4) if turned else (4, 6), b=shape)
     nodes = [conv(op="Gemm", bias=("b",), transB=turned, alpha=0.5, beta=2.0), norm()]
-    new = folded(model_of(nodes, held, MATRIX, opset=opset), "Gemm", "Gemm the_gemm", within=1e-6)
+    model = model_of(nodes, held, MATRIX, opset=opset, ir_version=3 if opset == 9 else 8)
+    new = folded(model, "Gemm", "Gemm the_gemm", within=1e-6)
     attributes = {a.name: helper.get_attribute_value(a) for a in new.graph.node[0].attribute}
     assert attributes == {"transB": turned, "alpha": 1, "beta": 1}
 
@@ -156,6 +162,19 @@ def test_matmul_whose_add_is_there(inputs, shape):
 def test_matmul_without_a_shift_needs_no_add():
     held = arrays(w=(4, 6)) | {"mean": np.zeros(6), "offset": np.zeros(6)}
     folded(model_of([conv(op="MatMul"), norm()], held, MATRIX), "MatMul", "MatMul the_matmul")
+
+
+def test_a_bias_that_becomes_0():
+    held = arrays(w=(6, 4, 3, 3)) | {"offset": np.zeros(6)}
+    held["b"] = held["mean"]
+    new = folded(model_of([conv(bias=("b",)), norm()], held), "Conv", "Conv the_conv")
+    assert not numpy_helper.to_array(new.graph.initializer[1]).any()
+
+
+def test_the_default_epsilon():
+    model = model_of([conv(), norm()], arrays(w=(6, 4, 3, 3)))
+    model.graph.node[1].ClearField("attribute")
+    folded(model, "Conv", "Conv the_conv")
 
 
 def test_norm_after_norm_after_conv():
@@ -221,6 +240,12 @@ def test_norm_before_matmul_whose_add_is_there():
     folded(model, "MatMul Add", "MatMul the_matmul")
 
 
+def test_norm_before_matmul_whose_add_is_no_bias():
+    nodes = [norm("x", "n"), conv("n", op="MatMul"), op("Add", "c x", "y")]
+    model = model_of(nodes, arrays(4, w=(4, 4)), MATRIX)
+    folded(model, "MatMul Add Add", "MatMul the_matmul")
+
+
 def test_the_one_before_is_preferred():
     held = arrays(4, w=(4, 4, 3, 3), v=(6, 4, 3, 3))
     nodes = [conv(), norm(y="n"), conv("n", "y", "v", pads=[1, 1, 1, 1])]
@@ -251,6 +276,11 @@ def test_another_reader_of_what_is_normalized(opset):
     nodes = [conv(), norm(y="n"), op("Add", "n c", "y")]
     model = model_of(nodes, arrays(w=(6, 4, 3, 3)), opset=opset)
     kept(model, "others read the output of Conv the_conv too; before Add a_add")
+
+
+def test_another_reader_of_what_the_bias_is_added_to():
+    nodes = [conv(op="MatMul"), op("Add", "c b", "a"), norm("a", "n"), op("Sub", "n c", "y")]
+    kept(model_of(nodes, arrays(w=(4, 6), b=(6,)), MATRIX), "behind Add a_add")
 
 
 def test_what_is_normalized_is_an_output_too():
@@ -369,6 +399,8 @@ def test_inputs_for_initializers_before_ir_version_4():
 
 
 def test_training_mode():
+    model = model_of([conv(), norm(training_mode=1)], arrays(w=(6, 4, 3, 3)))
+    kept(model, "in training mode")
     more = {"more": ("running_mean", "running_variance"), "training_mode": 1}
     kept(model_of([conv(), norm(**more)], arrays(w=(6, 4, 3, 3))), "in training mode")
     held = arrays(w=(6, 4, 3, 3))
@@ -397,6 +429,7 @@ def test_older_opsets(opset):
         ([norm("x", "n"), op("Relu", "n", "y")], IMAGE, "behind an input; before Relu a_relu"),
         ([norm("x", "n"), conv("w", "y", "n", op="MatMul")], (4, 4), "before MatMul the_matmul"),
         ([norm("x", "n"), conv("n", "y", op="Gemm", transA=1)], (4, 4), "transposes what it"),
+        ([norm("x", "n"), conv("n", "y", op="MatMul", w="w4")], (3, 4), "is no matrix"),
         ([conv(op="MatMul"), norm()], (3, 4, 4), "is not known to have 2 axes"),
         ([norm("x", "n"), conv("n", "y", op="MatMul")], (3, 4, 4), "is not known to have 2 axes"),
         (
@@ -441,6 +474,22 @@ def test_everything_else_stays_as_it_is():
         new.graph.ClearField(field)
         model.graph.ClearField(field)
     assert new == model
+
+
+def test_operators_of_others_by_the_same_name():
+    nodes = [conv(), norm(), conv("y", "z")]
+    nodes[0].domain = nodes[2].domain = "of.others"
+    model = model_of(nodes, arrays(w=(6, 6, 3, 3)), outputs="z")
+    kept(model, "behind Conv the_conv; before Conv the_conv")
+
+
+def test_what_is_said_of_a_value_that_is_gone_goes_too():
+    model = model_of([conv(), norm()], arrays(w=(6, 4, 3, 3)))
+    for name in ("c", "w", "mean"):
+        value = helper.make_tensor_value_info(name, TensorProto.DOUBLE, None)
+        model.graph.value_info.append(value)
+    new = folded(model, "Conv", "Conv the_conv")
+    assert [value.name for value in new.graph.value_info] == ["w"]
 
 
 def test_names_that_are_taken():
