@@ -144,6 +144,18 @@ def test_running_statistics_are_those_without_transforms(of_batch: bool, options
             assert transformed.state_dict()[name].equal(value), name
 
 
+@pytest.mark.parametrize("of_batch", [False, True])
+def test_inactive_even_their_infinities_do_not_show(of_batch: bool) -> None:
+    infinite = {name: lambda vector: (1e3 + vector.square()).exp() for name in NAMES}
+    module = layer(transforms=infinite, transform_batch_statistics=of_batch)
+    x, dy = random(4, 3, 2, 2), random(4, 3, 2, 2)
+    for training in (True, False):
+        module.train(training)
+        expected = results(module, x, None, dy, transforms_active=False)[:4]
+        actual = results(module, x, None, dy, transforms_active=torch.tensor(False))[:4]
+        assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
+
+
 # --- where they apply -------------------------------------------------------------------------
 
 
