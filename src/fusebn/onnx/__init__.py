@@ -1,5 +1,7 @@
 """Batch norms of ONNX models, taken over by the layers beside them."""
 
+from typing import Any as _Any
+
 from fusebn import _spec
 
 try:
@@ -15,7 +17,7 @@ from fusebn.onnx import _patterns
 __all__ = ["FoldReport", "FoldRow", "fold"]
 
 
-def fold(model: _onnx.ModelProto) -> tuple[_onnx.ModelProto, FoldReport]:
+def fold(model: _Any) -> tuple[_onnx.ModelProto, FoldReport]:
     """Return a model whose batch norms have been folded into the layers beside them.
 
     A BatchNormalization behind Conv, ConvTranspose, Gemm or MatMul is folded into that; else it is

@@ -20,7 +20,7 @@ class Reader(NamedTuple):
 
     node: onnx.NodeProto | None
     """None: it is an output of the graph."""
-    index: int
+    slot: int
     """Which input of the node; -1: inside a subgraph of it."""
 
 

@@ -148,7 +148,8 @@ class _Linear(NamedTuple):
     @property
     def output(self) -> str:
         """What it makes, bias included."""
-        return (self.add or self.node).output[0]
+        name: str = (self.add or self.node).output[0]
+        return name
 
 
 def _linear(graph: Graph, node: onnx.NodeProto, add: onnx.NodeProto | None = None) -> _Linear:
@@ -296,7 +297,7 @@ def _the_one_behind(graph: Graph, norm: onnx.NodeProto) -> _Linear:
     node = reader.node
     if node is None:
         raise _Kept("before an output")
-    if reader.index != 0 or not _is(node, *_LINEAR):
+    if reader.slot != 0 or not _is(node, *_LINEAR):
         raise _Kept(f"before {_kind_and_label(node)}")
     if _attribute(node, "transA", 0):
         raise _Kept(f"{_kind_and_label(node)} transposes what it returns")
