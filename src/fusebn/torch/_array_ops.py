@@ -1,5 +1,7 @@
 """What the definition of fake quantization needs, on tensors: see `fusebn._quantization.Ops`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,9 @@ from fusebn.torch._ops import is_plain
 _NAMES = {dtype: name_of(dtype) for dtype in ELEMENTS}
 
 
-def _over(reduced: torch._ops.OpOverload, x: Tensor, axes: tuple[int, ...]) -> Tensor:
+def _over(reduced: Callable[..., Tensor], x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Reduce axes; over none of them it is x, where PyTorch would take all."""
-    return reduced(x, axes) if axes else x  # type: ignore[no-any-return]
+    return reduced(x, axes) if axes else x
 
 
 def _refuse_nan(new: Tensor, old: Tensor, message: str) -> Tensor:
@@ -24,7 +26,7 @@ def _refuse_nan(new: Tensor, old: Tensor, message: str) -> Tensor:
     if not new.is_cpu:
         return new
     if torch.compiler.is_compiling():
-        torch._assert_async((new.detach() == new).logical_or(old != old).all(), message)  # type: ignore[call-arg]
+        torch._assert_async((new == new).logical_or(old != old).all(), message)
     elif is_plain(new) and bool(new.isnan().any()) and bool((new.isnan() & ~old.isnan()).any()):
         raise ValueError(message)
     return new

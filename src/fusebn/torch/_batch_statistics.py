@@ -259,7 +259,9 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or not _ops.is_plain(dy) or is_legacy_batchedtensor(dy):
             given = options._replace(training=False, factor=1.0)
             batch = torch.stack([mean, variance])
-            found = _library.gradients(dy, None, None, batch, [*tensors, None], given, (*needed, 0))
+            found = _library.gradients(
+                dy, None, None, batch, [*tensors, None], given, (*needed, False)
+            )
             return *found[:6], None
         rstd = rstd_of(variance, options.epsilon)
         dx = _kernels.empty_like(x)

@@ -59,7 +59,7 @@ class Transforms(torch.nn.Module):
 
     def wholly(self, call: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Call, and leave the states of the transforms as they are if that raises."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # nothing is written before the program is through
             return call(*arguments)
         before = [(buffer, buffer.clone()) for buffer in self.buffers()]
         try:
@@ -84,7 +84,13 @@ class Through(NamedTuple):
     def __call__(self, name: str, vector: Tensor | None) -> Any:
         """Return a variable as it is to normalize."""
         return _transforms.apply(
-            array_ops, self.operation, self.transforms, name, vector, self.active, self.training
+            array_ops,
+            self.operation,
+            self.transforms,  # type: ignore[arg-type]  # registered as a mapping
+            name,
+            vector,
+            self.active,
+            self.training,
         )
 
     def observe(self, mean: Tensor | None, variance: Tensor | None) -> None:

@@ -77,7 +77,7 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         self.correction = _spec.non_negative(name, "correction", correction)
         self.nonfinite = _spec.one_of(name, "nonfinite", nonfinite, NONFINITE)
         self.axis = _spec.integer(name, "axis", axis)
-        self.transforms = transforms
+        self._set_transforms(transforms)
         self.transforms_active = condition(name, "transforms_active", transforms_active)
         self.transform_batch_statistics = _spec.flag(
             name, "transform_batch_statistics", transform_batch_statistics
@@ -134,26 +134,24 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; transforms become a child, or none if there is none."""
         if name == "transforms":
-            value = checked(type(self).__name__, value)
-            self._modules.pop(name, None)
-            if not value:
-                return
-            value = Transforms(value)
-        super().__setattr__(name, value)
+            self._set_transforms(value)
+        else:
+            super().__setattr__(name, value)
 
-    def _through(self, active: bool | Tensor | None, training: bool) -> Through | None:
-        """Return what stands between the variables and what normalizes; None, if nothing does."""
-        transforms = self.transforms
-        if transforms is None:
-            return None
+    def _set_transforms(self, transforms: Any) -> None:
+        functions = checked(type(self).__name__, transforms)
+        self._modules.pop("transforms", None)
+        if functions:
+            super().__setattr__("transforms", Transforms(functions))
+
+    def _through(
+        self, transforms: Any, active: bool | Tensor | None, observes: bool, beside: Tensor | None
+    ) -> Through:
+        """Return what stands between the variables and what normalizes."""
         name = type(self).__name__
         active = self.transforms_active if active is None else active
-        active = condition(name, "transforms_active", active, self._anything())
-        return Through(name, transforms, active, training)
-
-    def _anything(self) -> Tensor | None:
-        tensors = *self._affine(), *self._statistics()
-        return next((tensor for tensor in tensors if tensor is not None), None)
+        active = condition(name, "transforms_active", active, beside)
+        return Through(name, transforms, active, observes)
 
     def effective_variables(self) -> dict[str, Any]:
         """Return what normalizes in evaluation: the variables, as the transforms have them.
@@ -175,8 +173,9 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         """
         scale, offset = self._affine()
         mean, variance, _ = self._statistics()
-        through = self._through(None, False)
-        if through is not None:
+        beside = next((each for each in (scale, mean) if each is not None), None)
+        if self.transforms is not None:
+            through = self._through(self.transforms, None, False, beside)
             scale, offset = through("scale", scale), through("offset", offset)
             mean, variance = through("moving_mean", mean), through("moving_variance", variance)
         return {
@@ -219,12 +218,15 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
             return node
         self._check_input_dim(input)
         chosen = self.activation if activation is ... else activation
-        transforms = self._modules.get("transforms")
+        transforms: Any = self._modules.get("transforms")
         if transforms is None:
             return self._run(input, residual, chosen, weights, None)
         observes = self.training and not self._frozen and not is_recomputation()
-        through = self._through(transforms_active, observes)
-        return transforms.wholly(self._run, input, residual, chosen, weights, through)
+        through = self._through(transforms, transforms_active, observes, input)
+        if not observes:
+            return self._run(input, residual, chosen, weights, through)
+        y: Tensor = transforms.wholly(self._run, input, residual, chosen, weights, through)
+        return y
 
     def _run(
         self,

@@ -173,4 +173,4 @@ class FakeQuantize(Wide, Transform, torch.nn.Module):
             saved, own = state_dict.get(prefix + name), self._buffers.get(name)
             if isinstance(saved, Tensor) and own is not None and saved.shape != own.shape:
                 own.data = own.new_zeros(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[misc]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
