@@ -20,8 +20,9 @@ https://arxiv.org/abs/1308.3432). None flows to the limits.
 
 Every framework gives the same bits. Rounding is to the nearest even; division, difference and
 product are each rounded once everywhere. Only a sum of a product may be compiled to fewer
-roundings; the one there is, in the average of the limits, is kept apart by `Ops.rounded`. A step
-below the smallest normal number is 0, since some frameworks flush such numbers and others do not.
+roundings; the one there is, in the average of the limits, is kept apart by `Ops.rounded`. What
+is smaller than the smallest normal number is 0, x and step, since some frameworks flush such
+numbers and others do not.
 """
 
 import operator
@@ -216,7 +217,7 @@ def _observed(ops: Ops, s: Settings, seen: tuple[Array, Array], state: State) ->
     steps = state.steps + 1
     if s.limits != MOVING:
         return State(state.low, state.high, steps)
-    first, finite = state.steps == 0, ops.isfinite(seen[0]) & ops.isfinite(seen[1])
+    first, finite = state.steps < 1, ops.isfinite(seen[0]) & ops.isfinite(seen[1])
 
     def averaged(old: Array, now: Array) -> Array:
         now = ops.cast(now, ops.dtype(old))
@@ -244,9 +245,9 @@ def grid(ops: Ops, s: Settings, low: Array, high: Array) -> tuple[Array, Array]:
 
 
 def _normal(ops: Ops, x: Array) -> Array:
-    """Return x >= 0, or 0 below the smallest normal number, where some frameworks have 0 anyway."""
+    """Return x, and 0 for what some frameworks take for 0: see the top of this file."""
     tiny = _SMALLEST_NORMAL[ops.dtype(x)]
-    return ops.where(x < tiny, ops.scalar(0, x), x)
+    return ops.where((x < tiny) & (x > -tiny), ops.scalar(0, x), x)
 
 
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
@@ -258,7 +259,8 @@ def fake_quantize(ops: Ops, s: Settings, x: Array, low: Array, high: Array) -> A
     q, step, zero = _unclipped(ops, s, constant, low, high)
     least, largest = ops.scalar(s.least, x), ops.scalar(s.largest, x)
     y = (ops.minimum(ops.maximum(q, least), largest) - zero) * step
-    y = ops.where(constant == constant, y, constant)  # not every framework's maximum keeps NaN
+    # Not every framework's maximum keeps NaN. (In graphs of TensorFlow 1 `==` is `is`.)
+    y = ops.where(constant <= constant, y, constant)
     passed = ops.where((q >= least) & (q <= largest), x, ops.scalar(0, x))
     return y + (passed - ops.stop_gradient(passed))  # 0, with the gradient of x
 
@@ -269,7 +271,7 @@ def _unclipped(
     """Return the q of x before it is clipped, and step and zero."""
     low, high = (ops.cast(limit, ops.dtype(x)) for limit in (low, high))
     step, zero = grid(ops, s, low, high)
-    q = ops.round(ops.divide(x, ops.where(step > 0, step, ops.scalar(1, x)))) + zero
+    q = ops.round(ops.divide(_normal(ops, x), ops.where(step > 0, step, ops.scalar(1, x)))) + zero
     return q, step, zero
 
 

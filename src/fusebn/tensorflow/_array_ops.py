@@ -1,7 +1,7 @@
 """What fake quantization and transforms need of TensorFlow, such that no compiler moves a bit.
 
-Grappler and XLA turn a quotient by a constant into a product; XLA fuses a product and a sum, and its
-least and greatest value pass over NaN.
+Grappler and XLA turn a quotient by a constant into a product; XLA makes one rounding of a product
+and a sum, and its least and greatest value pass over NaN.
 """
 
 import math

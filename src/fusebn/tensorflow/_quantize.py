@@ -122,7 +122,7 @@ class FakeQuantize(tf.Module, Transform):
             expected = f"have a known length on its axis {self.settings.axis}"
             _spec.fail(ValueError, _NAME, "x", expected, "an unknown one")
         # Outside of the tf.function that is being traced, if one is.
-        with tf.init_scope(), tf.name_scope(self.name):
+        with tf.init_scope(), self.name_scope:
             if self.settings.limits == _quantization.MOVING:
                 zeros = tf.zeros(shape, dtype)
                 self.low = tf.Variable(zeros, trainable=False, name="low")
