@@ -81,7 +81,8 @@ def test_onnxruntime_gives_the_same_answers(kind, opset, tmp_path, old, new):
     if kind == "MatMul":
         nodes[-1].input.pop()
     x = ("N", 4, "H", 9) if image else MATRIX
-    onnx.save_model(model_of(nodes, held, x, opset=opset, **FLOAT), old)
+    version = 3 if opset == 9 else 8  # before 4 the initializers are inputs, too
+    onnx.save_model(model_of(nodes, held, x, opset=opset, ir_version=version, **FLOAT), old)
     result = fold(old, new)
     assert result.exit_code == 0
     assert "onnxruntime" in result.output
@@ -136,6 +137,21 @@ def test_sizes_that_are_not_said_are_looked_for(old, new):
     assert "x of shape [2, 4, 64, 64]" in result.output
 
 
+def test_sizes_of_one_name_are_one(old, new):
+    nodes = [op("MatMul", "u x", "v"), conv("v", op="MatMul"), norm()]
+    model = model_of(nodes, arrays(w=(4, 6)), ("K", 4), inputs={"u": ("N", "K")}, **FLOAT)
+    onnx.save_model(model, old)
+    assert "x of shape [2, 4], u of shape [2, 2]" in fold(old, new).output
+
+
+def test_the_least_precise_of_weights_and_outputs_decides(old, new):
+    nodes = [conv(), norm(y="n"), op("Cast", "n", "y", to=TensorProto.FLOAT16)]
+    model = model_of(nodes, arrays(w=(6, 4, 3, 3)), **FLOAT)
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save_model(model, old)
+    assert "2e-02 is allowed" in fold(old, new).output
+
+
 def test_sizes_that_are_given(old, new):
     nodes, held = [conv(op="MatMul"), norm()], arrays(w=(5, 6))
     onnx.save_model(model_of(nodes, held, ("N", "K"), **FLOAT), old)
@@ -180,6 +196,20 @@ def test_data_in_another_file_that_is_missing(tmp_path, old, new):
     (tmp_path / "weights").unlink()
     refused(fold(old, new), "old.onnx has data in other files")
     assert not new.exists()
+
+
+def test_data_of_a_constant_in_another_file(tmp_path, old):
+    weight = numpy_helper.from_array(np.ones((6, 4, 3, 3), np.float32))
+    constant = helper.make_node("Constant", [], ["w"], value=weight)
+    nodes = [constant, conv(), norm(y="n"), conv(y="d"), op("Add", "n d", "y")]
+    options = {"location": "weights", "size_threshold": 0, "convert_attribute": True}
+    model = model_of(nodes, arrays(6), **FLOAT)
+    onnx.save_model(model, old, save_as_external_data=True, **options)
+    new = tmp_path / "folder" / "new.onnx"
+    assert fold(old, new).exit_code == 0
+    (tmp_path / "weights").unlink()
+    tensor = onnx.load(new).graph.node[0].attribute[0].t
+    np.testing.assert_array_equal(numpy_helper.to_array(tensor), np.ones((6, 4, 3, 3)))
 
 
 def test_in_place(tmp_path, old):

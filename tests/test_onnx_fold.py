@@ -293,9 +293,9 @@ def test_a_norm_before_two():
     kept(model_of(nodes, arrays(4, w=(6, 4, 3, 3)), outputs="y z"), "several read its output")
 
 
-def branches(*nodes: Node) -> dict[str, Any]:
+def branches(*nodes: Node, rank: int = 4) -> dict[str, Any]:
     """Return both branches of an If."""
-    out = [helper.make_tensor_value_info("z", TensorProto.DOUBLE, [None] * 4)]
+    out = [helper.make_tensor_value_info("z", TensorProto.DOUBLE, [None] * rank)]
     other = [op("Identity", "x", "z")]
     return {
         "then_branch": helper.make_graph(list(nodes), "then", [], out),
@@ -355,6 +355,15 @@ def test_constants_that_are_nodes(shared):
     nodes += [conv(y="d"), op("Add", "r d", "y")] if shared else [op("Neg", "r", "y")]
     left = "Constant Conv Relu Conv Add" if shared else "Conv Relu Neg"
     folded(model_of(nodes, {}), left, "Conv the_conv")
+
+
+def test_constants_that_are_lists():
+    held = arrays(w=(6, 4, 3, 3))
+    nodes = [helper.make_node("Constant", [], ["mean"], value_floats=held.pop("mean"))]
+    nodes += [helper.make_node("Constant", [], ["one"], value_float=1.0), conv(), norm(y="n")]
+    nodes += [op("Add", "n one", "y")]
+    model = model_of(nodes, held, element=TensorProto.FLOAT)
+    folded(model, "Constant Conv Add", "Conv the_conv", within=1e-6)
 
 
 def test_constants_by_way_of_identity():
@@ -497,6 +506,19 @@ def test_names_that_are_taken():
     nodes = [conv(), norm(y="n"), conv(y="d"), op("Mul", "w_folded y_bias", "e")]
     nodes += [op("Add", "n d", "f"), op("Add", "e f", "y")]
     folded(model_of(nodes, held), "Conv Conv Mul Add Add", "Conv the_conv")
+
+
+def test_names_that_nodes_and_subgraphs_have():
+    then = branches(op("Neg", "x", "n_bias"), op("Neg", "n_bias", "z"), rank=2)
+    nodes = [CONDITION, conv(op="MatMul"), norm(y="n"), op("Neg", "n", "y")]
+    nodes.append(helper.make_node("If", ["yes"], ["i"], "the_matmul_bias", **then))
+    new = folded(
+        model_of(nodes, arrays(w=(4, 6)), MATRIX, outputs="y i"),
+        "Constant MatMul Add Neg If",
+        "MatMul the_matmul",
+    )
+    assert len({node.name for node in new.graph.node}) == len(new.graph.node)
+    assert "n_bias" not in {tensor.name for tensor in new.graph.initializer}
 
 
 # ---- element types ----

@@ -78,9 +78,7 @@ class Graph:
             return None
         if node.op_type == "Identity":
             return self.constant(node.input[0])
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            return _array(node.attribute[0].t)
-        return None
+        return _constant(node.attribute[0]) if node.op_type == "Constant" else None
 
     def rank(self, name: str) -> int | None:
         """Return the number of axes of a value, if known."""
@@ -191,6 +189,15 @@ def _names(graph: onnx.GraphProto) -> set[str]:
         for inner in subgraphs(node):
             names |= _names(inner)
     return names
+
+
+def _constant(attribute: onnx.AttributeProto) -> Array | None:
+    """Return what a Constant makes; None where that is no dense array of reals."""
+    if attribute.name == "value":
+        return _array(attribute.t)
+    if attribute.name in ("value_float", "value_floats"):
+        return np.asarray(onnx.helper.get_attribute_value(attribute), np.float32)
+    return None
 
 
 def _array(tensor: onnx.TensorProto) -> Array:

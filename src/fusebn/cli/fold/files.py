@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -19,13 +20,23 @@ def read(path: Path) -> tuple[onnx.ModelProto, bool]:
     if not model.graph.node or not model.opset_import:
         missing = "operator sets" if model.graph.node else "nodes"
         raise _unreadable(path, f"is damaged, or no ONNX file: it has no {missing}")
-    external = any(map(uses_external_data, model.graph.initializer))
+    external = any(map(uses_external_data, _tensors(model.graph)))
     if external:
         try:
             onnx.load_external_data_for_model(model, str(path.absolute().parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
             raise _unreadable(path, f"has data in other files: {error}") from None
     return model, external
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Yield all that a graph holds, and those within it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def _unreadable(path: Path, why: str) -> click.ClickException:
