@@ -175,16 +175,19 @@ def weights() -> None:
         assert_near(w.grad, w_whole.grad[data.rows], ulps=1e4)
 
 
+class Learned(torch.nn.Module):
+    """A transform with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = torch.nn.Parameter(torch.tensor(0.3, dtype=FLOAT64))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.step * torch.sinh(vector)
+
+
 def transforms_of_the_whole_batch() -> None:
     """As one layer does with the whole batch: smooth ones, one that learns, and observers."""
-
-    class Learned(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.step = torch.nn.Parameter(torch.tensor(0.3, dtype=FLOAT64))
-
-        def forward(self, vector: Tensor) -> Tensor:
-            return self.step * torch.sinh(vector)
 
     made: tuple[Callable[[], dict[str, Any]], ...] = (
         lambda: {"moving_mean": Learned(), "moving_variance": torch.exp, "scale": torch.tanh},
@@ -385,11 +388,15 @@ def bad_input_is_told_before_anything_is_sent() -> None:
         assert part.num_batches_tracked == 0
 
 
-def distributed_data_parallel() -> None:
+def distributed_data_parallel(transforms: Any = None) -> None:
     torch.manual_seed(0)
     whole = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)
     ).double()
+    if transforms:
+        fbt.fuse(whole)
+        whole[1].transforms = transforms
+        whole[1].transform_batch_statistics = True
     part = fbt.convert_sync_batchnorm(copy.deepcopy(whole))
     assert type(part[1]) is fbt.SyncBatchNorm
     parallel = torch.nn.parallel.DistributedDataParallel(part)
@@ -404,6 +411,11 @@ def distributed_data_parallel() -> None:
             loss.backward()
             optimizer.step()
     assert_same_state(part, whole)
+
+
+def distributed_data_parallel_with_transforms() -> None:
+    observer = fbt.FakeQuantize(8, limits="moving").double()
+    distributed_data_parallel({"moving_mean": Learned(), "moving_variance": observer})
 
 
 def one_that_fails_is_waited_for_until_the_time_limit() -> None:
@@ -434,6 +446,7 @@ CHECKS = (
     nonfinite,
     bad_input_is_told_before_anything_is_sent,
     distributed_data_parallel,
+    distributed_data_parallel_with_transforms,
     one_that_fails_is_waited_for_until_the_time_limit,  # and leaves no connection behind
 )
 

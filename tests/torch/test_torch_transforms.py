@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
 from fusebn.quantize import Transform
+from fusebn.torch import _native, _ops, _portable
+from fusebn.torch._portable import Moments
 
 FLOAT64 = torch.float64
 NAMES = ("scale", "offset", "moving_mean", "moving_variance")
@@ -156,6 +158,14 @@ def test_inactive_even_their_infinities_do_not_show(of_batch: bool) -> None:
         assert all(a.equal(e) for a, e in zip(actual, expected, strict=True))
 
 
+def test_an_average_that_takes_all_forgets_what_was_not_finite() -> None:
+    for of_batch in (False, True):
+        module = layer(momentum=1.0, transforms=SMOOTH, transform_batch_statistics=of_batch)
+        module.running_mean.fill_(torch.inf)
+        module(random(4, 3, 2, 2), transforms_active=torch.tensor(False))
+        assert module.running_mean.isfinite().all()
+
+
 # --- where they apply -------------------------------------------------------------------------
 
 
@@ -273,6 +283,27 @@ def test_in_functional_transforms() -> None:
         assert_near(gradient, expected)
 
 
+def test_on_other_devices() -> None:
+    """By shapes and dtypes alone, and by the ops that they get, on the CPU."""
+    for dtype in (torch.float16, torch.float32):
+        module = layer(dtype=torch.float32, transforms=quantizers(limits="moving")).to("meta")
+        for of_batch, training in product((False, True), (False, True)):
+            module.transform_batch_statistics = of_batch
+            x = torch.empty(4, 3, 2, 2, device="meta", dtype=dtype, requires_grad=True)
+            y = module.train(training)(x)
+            y.backward(torch.empty_like(y))
+            assert (y.shape, y.dtype, x.grad.dtype) == (x.shape, dtype, dtype)
+    module = layer(transforms=SMOOTH, transform_batch_statistics=True, activation="relu")
+    x, residual, dy = (random(4, 3, 2, 2) for _ in range(3))
+    expected = results(module, x, residual, dy)
+    module = layer(transforms=SMOOTH, transform_batch_statistics=True, activation="relu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ops, "is_plain", lambda _: False)
+        patch.setattr(_ops, "moments", lambda x, axes, w: Moments(*_portable.moments(x, axes, w)))
+        patch.setattr(_ops, "batch_norm", _native.batch_norm)
+        assert_near(results(module, x, residual, dy), expected)
+
+
 # --- statistics there are none of, or that are degenerate --------------------------------------
 
 
@@ -311,14 +342,14 @@ def test_scales_of_zero_and_constant_channels(of_batch: bool) -> None:
 @pytest.mark.parametrize("of_batch", [False, True])
 def test_batches_of_which_nothing_counts(of_batch: bool) -> None:
     plain = layer(activation="relu")
-    transforms = {name: fbt.FakeQuantize(16, limits=(-8.0, 8.0)) for name in ("offset", *NAMES[2:])}
+    transforms = {name: lambda vector: vector + 5 for name in NAMES[2:]}
     module = layer(activation="relu", transforms=transforms, transform_batch_statistics=of_batch)
     before = copy.deepcopy(module.state_dict())
     x = torch.full((2, 3, 2, 2), torch.nan, dtype=FLOAT64)
     nothing = torch.zeros(2, 1, 2, 2)
     for arguments in ((x[:0], None), (x, nothing)):
         y, expected = (each(arguments[0], weights=arguments[1]) for each in (module, plain))
-        assert_near(y, expected, 1e-3)
+        assert y.equal(expected)
     for name in ("running_mean", "running_var"):
         assert getattr(module, name).equal(before[name])
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -399,6 +430,10 @@ def test_what_checkpointing_repeats_is_observed_once(reentrant: bool, of_batch: 
     for name, value in plain.state_dict().items():
         assert module.state_dict()[name].equal(value), name
     assert module.state_dict()["transforms.scale.steps"] == 3
+    spies = {name: Spy() for name in NAMES}
+    module = layer(transforms=spies, transform_batch_statistics=of_batch)
+    checkpoint(module, x, use_reentrant=reentrant).sum().backward()
+    assert all(sum(training for _, training in spy.seen) == 1 for spy in spies.values())
 
 
 # --- the switch ---------------------------------------------------------------------------------

@@ -82,14 +82,12 @@ def _long_way(
     group: Any,
 ) -> tuple[Tensor, Moments]:
     moments = _moments(x, weights, options.axis, group)
-    stat, counted = stat_type(x), moments.count > 0
-    mean, variance = through.of_batch(moments.mean, _variance(moments), stat)
+    mean, variance = through.of_batch(moments.mean, _variance(moments), stat_type(x))
+    counted = moments.count > 0
     # Of a batch of count 0 x is forgotten.
     mean, variance = torch.where(counted, mean, 0), torch.where(counted, variance, torch.inf)
     if weights is not None:
         x = torch.where(counted, x, 0)
-    if not x.is_cpu:
-        mean, variance = mean.to(stat), variance.to(stat)
     given = options._replace(training=False, factor=1.0)
     y, *_ = _ops.batch_norm(x, scale, offset, mean, variance, residual, None, given)
     return y, Moments(*(value.detach() for value in moments))
