@@ -52,7 +52,8 @@ class Affine(NamedTuple):
     @property
     def shift(self) -> Array:
         """What it makes of 0."""
-        return self.offset - self.mean * self.factor
+        shift: Array = self.offset - self.mean * self.factor
+        return shift
 
 
 def fold(
@@ -269,7 +270,8 @@ def rounded(wide: Array, dtype: np.dtype[Any]) -> Array:
     with np.errstate(over="ignore"):
         if dtype == ml_dtypes.bfloat16:
             wide = _to_odd(wide)  # ml_dtypes goes by way of float32
-        return wide.astype(dtype)
+        narrow: Array = wide.astype(dtype)
+    return narrow
 
 
 def _to_odd(wide: Array) -> Array:
@@ -281,5 +283,5 @@ def _to_odd(wide: Array) -> Array:
     nearest = wide.astype(np.float32)
     below = np.nextafter(nearest, np.float32(0))
     cut = np.where(np.abs(nearest) > np.abs(wide), below, nearest)
-    odd = cut.view(np.uint32) | (cut != wide)
+    odd: Array = cut.view(np.uint32) | (cut != wide)
     return odd.view(np.float32)

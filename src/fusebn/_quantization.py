@@ -20,8 +20,9 @@ https://arxiv.org/abs/1308.3432). None flows to the limits.
 
 Every framework gives the same bits. Rounding is to the nearest even; division, difference and
 product are each rounded once everywhere. Only a sum of a product may be compiled to fewer
-roundings; the one there is, in the average of the limits, is kept apart by `Ops.rounded`. A step
-below the smallest normal number is 0, since some frameworks flush such numbers and others do not.
+roundings; the one there is, in the average of the limits, is kept apart by `Ops.rounded`. What
+is smaller than the smallest normal number is 0, x and step, since some frameworks flush such
+numbers and others do not.
 """
 
 import operator
@@ -79,6 +80,14 @@ class Settings(NamedTuple):
     def least(self) -> int:
         """The least q."""
         return -self.largest if self.symmetric else 0
+
+    def __str__(self) -> str:
+        """Return what constructs the same: bits, and what is not as by default."""
+        default = settings()
+        bits, *rest = self._asdict().items()
+        shown = [str(bits[1])]
+        shown += [f"{key}={value!r}" for key, value in rest if value != getattr(default, key)]
+        return ", ".join(shown)
 
     @property
     def has_state(self) -> bool:
@@ -165,6 +174,14 @@ def gradient(ops: Ops, s: Settings, x: Array, dy: Array, state: State | None) ->
     return _after_delay(ops, s, state, dx, dy)
 
 
+def codes(ops: Ops, s: Settings, x: Array, state: State | None) -> tuple[Array, Array, Array]:
+    """Return q of x, clipped, as a real; and step and zero, so that y = (q - zero) * step."""
+    wide = _wide(ops, x)
+    q, step, zero = _unclipped(ops, s, wide, *_limits_of(ops, s, wide, state))
+    least, largest = ops.scalar(s.least, wide), ops.scalar(s.largest, wide)
+    return ops.minimum(ops.maximum(q, least), largest), step, zero
+
+
 def _after_delay(ops: Ops, s: Settings, state: State | None, new: Array, old: Array) -> Array:
     if state is None or not s.delay:
         return new
@@ -200,7 +217,7 @@ def _observed(ops: Ops, s: Settings, seen: tuple[Array, Array], state: State) ->
     steps = state.steps + 1
     if s.limits != MOVING:
         return State(state.low, state.high, steps)
-    first, finite = state.steps == 0, ops.isfinite(seen[0]) & ops.isfinite(seen[1])
+    first, finite = state.steps < 1, ops.isfinite(seen[0]) & ops.isfinite(seen[1])
 
     def averaged(old: Array, now: Array) -> Array:
         now = ops.cast(now, ops.dtype(old))
@@ -219,15 +236,20 @@ def grid(ops: Ops, s: Settings, low: Array, high: Array) -> tuple[Array, Array]:
         step = ops.divide(ops.maximum(-low, high), largest)
     else:
         # The difference first might overflow.
-        step = ops.divide(high, largest) - ops.divide(low, largest)
-    tiny = _SMALLEST_NORMAL[ops.dtype(step)]
-    step = ops.where(step < tiny, nothing, step)
+        above, below = ops.divide(high, largest), ops.divide(-low, largest)
+        step = _normal(ops, above) + _normal(ops, below)
+    step = _normal(ops, step)
     if s.symmetric:
         return step, nothing
     return step, ops.round(ops.divide(-low, ops.where(step > 0, step, ops.scalar(1, step))))
 
 
-# Below it some frameworks have 0.
+def _normal(ops: Ops, x: Array) -> Array:
+    """Return x, and 0 for what some frameworks take for 0: see the top of this file."""
+    tiny = _SMALLEST_NORMAL[ops.dtype(x)]
+    return ops.where((x < tiny) & (x > -tiny), ops.scalar(0, x), x)
+
+
 _SMALLEST_NORMAL = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 
@@ -237,7 +259,8 @@ def fake_quantize(ops: Ops, s: Settings, x: Array, low: Array, high: Array) -> A
     q, step, zero = _unclipped(ops, s, constant, low, high)
     least, largest = ops.scalar(s.least, x), ops.scalar(s.largest, x)
     y = (ops.minimum(ops.maximum(q, least), largest) - zero) * step
-    y = ops.where(constant == constant, y, constant)  # not every framework's maximum keeps NaN
+    # Not every framework's maximum keeps NaN. (In graphs of TensorFlow 1 `==` is `is`.)
+    y = ops.where(constant <= constant, y, constant)
     passed = ops.where((q >= least) & (q <= largest), x, ops.scalar(0, x))
     return y + (passed - ops.stop_gradient(passed))  # 0, with the gradient of x
 
@@ -248,7 +271,7 @@ def _unclipped(
     """Return the q of x before it is clipped, and step and zero."""
     low, high = (ops.cast(limit, ops.dtype(x)) for limit in (low, high))
     step, zero = grid(ops, s, low, high)
-    q = ops.round(ops.divide(x, ops.where(step > 0, step, ops.scalar(1, x)))) + zero
+    q = ops.round(ops.divide(_normal(ops, x), ops.where(step > 0, step, ops.scalar(1, x)))) + zero
     return q, step, zero
 
 

@@ -64,7 +64,11 @@ def apply(
     observes = isinstance(transform, Transform)
     if active is False and (training is False or not observes):
         return vector
-    new = transform(vector, training=training) if observes else transform(vector)
+    given = vector
+    if not isinstance(active, bool):
+        # Where it does not apply, 0 flows back, even if that was times infinity.
+        given = ops.where(active, vector, ops.stop_gradient(vector))
+    new = transform(given, training=training) if observes else transform(given)
     if active is False:
         return vector
     argument = f"transforms[{name!r}]"

@@ -185,8 +185,4 @@ class FakeQuantize(Transform):
 
     def __repr__(self) -> str:
         """Return what constructs one like this."""
-        default = _quantization.settings()
-        bits, *rest = self.settings._asdict().items()
-        shown = [str(bits[1])]
-        shown += [f"{key}={value!r}" for key, value in rest if value != getattr(default, key)]
-        return f"FakeQuantize({', '.join(shown)})"
+        return f"FakeQuantize({self.settings})"

@@ -50,7 +50,7 @@ def test_the_table_of_arguments_has_all_that_is_ours() -> None:
         for method in ("__init__", "__call__"):
             has, had = (parameters(getattr(kind, method)) for kind in (ours, theirs))
             assert has - had <= told
-            assert method == "__call__" or has - had == {"activation", "correction", "nonfinite"}
+            assert method == "__call__" or has - had >= {"activation", "correction", "nonfinite"}
 
 
 def test_its_defaults_are_those_of_the_code() -> None:

@@ -24,6 +24,7 @@ import fusebn.torch as fbt
 WORLDS = (2, 4)
 SPLITS = {2: [(3, 3), (5, 1), (0, 4)], 4: [(2, 2, 2, 2), (5, 0, 1, 3), (0, 0, 7, 0)]}
 FLOAT64 = torch.float64
+VARIABLES = ("scale", "offset", "moving_mean", "moving_variance")
 
 
 class Part:
@@ -174,6 +175,101 @@ def weights() -> None:
         assert_near(w.grad, w_whole.grad[data.rows], ulps=1e4)
 
 
+class Learned(torch.nn.Module):
+    """A transform with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = torch.nn.Parameter(torch.tensor(0.3, dtype=FLOAT64))
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.step * torch.sinh(vector)
+
+
+def transforms_of_the_whole_batch() -> None:
+    """As one layer does with the whole batch: smooth ones, one that learns, and observers."""
+
+    made: tuple[Callable[[], dict[str, Any]], ...] = (
+        lambda: {"moving_mean": Learned(), "moving_variance": torch.exp, "scale": torch.tanh},
+        lambda: {name: fbt.FakeQuantize(6, limits="moving").double() for name in VARIABLES},
+    )
+    for sizes, transforms, of_batch, joined in product(
+        splits(), made, (True, False), (True, False)
+    ):
+        options = {"transforms": transforms(), "transform_batch_statistics": of_batch}
+        part, whole = layers(activation="gelu", **options)
+        part = copy.deepcopy(part)  # with observers of its own
+        data = Part(sizes)
+        for active in (True, torch.tensor(True), torch.tensor(False)):
+            x, x_whole = (v.requires_grad_() for v in data.random(3, 2, 2, 5))
+            r, r_whole = (v.requires_grad_() for v in data.random(3, 2, 2, 5))
+            dy, dy_whole = data.random(3, 2, 2, 5)
+            for layer in (part, whole):
+                layer.zero_grad()
+                layer.transforms_active = active
+            y, y_whole = part(x, r if joined else None), whole(x_whole, r_whole if joined else None)
+            y.backward(dy)
+            y_whole.backward(dy_whole)
+            assert_near(y, y_whole[data.rows], ulps=1e4)
+            assert_near(x.grad, x_whole.grad[data.rows], ulps=1e4)
+            if joined:
+                assert_near(r.grad, r_whole.grad[data.rows], ulps=1e4)
+            for mine, expected in zip(part.parameters(), whole.parameters(), strict=True):
+                if expected.grad is not None:
+                    assert_near(summed(mine.grad), expected.grad, ulps=1e5)
+            assert_same_state(part, whole)
+            assert_same_bits(part.running_var)
+
+
+def transforms_that_are_off_change_no_bit() -> None:
+    for sizes, of_batch in product(splits(), (True, False)):
+        part, plain = (
+            fbt.SyncBatchNorm(3, activation="relu", **options)
+            for options in (
+                {
+                    "transforms": dict.fromkeys(VARIABLES, torch.exp),
+                    "transforms_active": torch.tensor(False),
+                    "transform_batch_statistics": of_batch,
+                },
+                {},
+            )
+        )
+        x, _ = Part(sizes).random(3, 4, 4, dtype=torch.float32)
+        x = x * 3 + 100
+        mine, others = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = part(mine), plain(others)
+        assert y.equal(expected)
+        assert part.running_var.equal(plain.running_var)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        # What flows back is summed over the processes at another place.
+        assert_near(mine.grad, others.grad, ulps=64)
+
+
+def transforms_twice_differentiated() -> None:
+    results = []
+    data = Part(splits()[1])
+    tensors = [data.random(3, 2, 2, 2) for _ in range(3)]
+    smooth = {"moving_mean": torch.sin, "moving_variance": torch.exp}
+    options = {"transforms": smooth, "transform_batch_statistics": True, "activation": "silu"}
+    for i, layer in enumerate(layers(**options)):
+        x, dy, direction = (pair[i].clone().requires_grad_() for pair in tensors)
+        (first,) = torch.autograd.grad(layer(x), x, dy, create_graph=True)
+        results.append((first, *torch.autograd.grad(first, (x, dy), direction)))
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected[data.rows], ulps=1e6)
+
+
+def transforms_when_nobody_has_anything() -> None:
+    transforms = {"moving_variance": torch.ones_like}
+    part, whole = layers(transforms=transforms, transform_batch_statistics=True)
+    nan = torch.full((2, 3, 2, 2, 2), torch.nan, dtype=FLOAT64)
+    nothing = torch.zeros(2, 1, 1, 1, dtype=FLOAT64)
+    for x, weights_of in ((nan[:0], None), (nan, nothing)):
+        assert part(x, weights=weights_of).equal(whole(x, weights=weights_of))
+    assert part.running_var.equal(torch.ones(3, dtype=FLOAT64))
+
+
 def nobody_has_anything() -> None:
     part, whole = layers(activation="relu")
     nan = torch.full((2, 3, 2, 2, 2), torch.nan, dtype=FLOAT64)
@@ -292,11 +388,15 @@ def bad_input_is_told_before_anything_is_sent() -> None:
         assert part.num_batches_tracked == 0
 
 
-def distributed_data_parallel() -> None:
+def distributed_data_parallel(transforms: Any = None) -> None:
     torch.manual_seed(0)
     whole = torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 1)
     ).double()
+    if transforms:
+        fbt.fuse(whole)
+        whole[1].transforms = transforms
+        whole[1].transform_batch_statistics = True
     part = fbt.convert_sync_batchnorm(copy.deepcopy(whole))
     assert type(part[1]) is fbt.SyncBatchNorm
     parallel = torch.nn.parallel.DistributedDataParallel(part)
@@ -313,6 +413,11 @@ def distributed_data_parallel() -> None:
     assert_same_state(part, whole)
 
 
+def distributed_data_parallel_with_transforms() -> None:
+    observer = fbt.FakeQuantize(8, limits="moving").double()
+    distributed_data_parallel({"moving_mean": Learned(), "moving_variance": observer})
+
+
 def one_that_fails_is_waited_for_until_the_time_limit() -> None:
     group = dist.new_group(timeout=timedelta(seconds=5))
     part = fbt.SyncBatchNorm(3, process_group=group)
@@ -327,6 +432,10 @@ CHECKS = (
     every_process_has_the_same_bits,
     higher_derivatives,
     weights,
+    transforms_of_the_whole_batch,
+    transforms_that_are_off_change_no_bit,
+    transforms_twice_differentiated,
+    transforms_when_nobody_has_anything,
     nobody_has_anything,
     cumulative_and_untracked,
     evaluation_is_not_synchronized,
@@ -337,6 +446,7 @@ CHECKS = (
     nonfinite,
     bad_input_is_told_before_anything_is_sent,
     distributed_data_parallel,
+    distributed_data_parallel_with_transforms,
     one_that_fails_is_waited_for_until_the_time_limit,  # and leaves no connection behind
 )
 

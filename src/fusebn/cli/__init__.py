@@ -2,7 +2,12 @@
 
 import sys
 
-_EXTRAS = {"click", "rich", "sklearn", "threadpoolctl", "matplotlib", "tensorflow"}
+_EXTRAS = {
+    *("click", "rich", "sklearn", "threadpoolctl", "matplotlib", "tensorflow"),
+    *("onnx", "onnxruntime"),
+}
+# Command -> the extra it needs; all others need `cli`.
+_EXTRA_OF = {"demo": "demo", "fold": "onnx"}
 
 
 def main() -> None:
@@ -16,7 +21,8 @@ def main() -> None:
         package = (error.name or "").partition(".")[0]
         if package not in _EXTRAS:
             raise
-        wanted = ("demo" if "demo" in sys.argv[1:] else "cli", "tensorflow")
+        needed = next((_EXTRA_OF[word] for word in sys.argv[1:] if word in _EXTRA_OF), "cli")
+        wanted = (needed, "tensorflow")
         extra = ",".join(wanted[: 1 + any("tensorflow" in argument for argument in sys.argv[1:])])
         print(
             f"fusebn: this needs {package}, which is not installed. To install it:\n"

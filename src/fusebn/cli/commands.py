@@ -13,6 +13,7 @@ from rich.console import Console
 
 import fusebn
 from fusebn.cli.bench import bench
+from fusebn.cli.fold import fold
 from fusebn.cli.info import show
 from fusebn.cli.output import all_or_nothing
 
@@ -36,6 +37,7 @@ def cli() -> None:
 
 
 cli.add_command(bench)
+cli.add_command(fold)
 
 
 @cli.command()

@@ -21,7 +21,8 @@ def all_or_nothing(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".fusebn-", dir=folder) as scratch:
             yield Path(scratch)
-            for file in Path(scratch).iterdir():
+            # In this order a file of data, model.onnx.data, comes before the model that needs it.
+            for file in sorted(Path(scratch).iterdir(), reverse=True):
                 os.replace(file, folder / file.name)
     except BaseException:
         for path in made:

@@ -7,13 +7,16 @@ neighbours are one axis by a reshape, which costs nothing; others are first brou
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from fusebn import _spec
-from fusebn.jax import _masked, functional
+from fusebn import _spec, _transforms
+from fusebn.jax import _batch, _masked, _transformed, functional
+from fusebn.jax._arguments import training_flag
+from fusebn.jax._transformed import Pair, Transformation, chosen
 
 Array = Any
 
@@ -53,12 +56,49 @@ def check(layer: Layer) -> None:
     _spec.one_of(_NAME, "nonfinite", layer.nonfinite, NONFINITE)
 
 
-def check_plain(layer: Layer, x: Array, residual: Any) -> None:
+def check_plain(layer: Layer, x: Array, residual: Any, transforms: Any) -> None:
     """Check that complex x, which only Flax's own layers take, comes without what only ours do."""
     extras = layer.activation, layer.correction, layer.nonfinite, residual
-    if extras != (None, 0, "propagate", None):
-        expected = "be real beside activation=, residual=, correction= and nonfinite="
+    if extras != (None, 0, "propagate", None) or transforms:
+        expected = "be real beside activation=, residual=, correction=, nonfinite=, transforms="
         _spec.fail(TypeError, _NAME, "x", expected, f"dtype {x.dtype}")
+
+
+def checked_transforms(transforms: Any) -> dict[str, Callable[..., Any]]:
+    """Return the transforms that a layer is given, checked."""
+    return _transforms.checked(_NAME, transforms)
+
+
+def transformation_of(module: Any, active: Any) -> Transformation:
+    """Return what a layer and its call are told of transforms."""
+    if active is None:
+        active = module.transforms_active
+    name = "transforms_active"
+    return Transformation(
+        checked_transforms(module.transforms),
+        training_flag(_NAME, name, active),
+        _spec.flag(_NAME, "transform_batch_statistics", module.transform_batch_statistics),
+    )
+
+
+def effective(
+    transformation: Transformation,
+    epsilon: float,
+    scale: Array | None,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+) -> dict[str, Any]:
+    """Return what normalizes in inference, in the words of `fusebn.fold`."""
+    scale, bias = transformation.of_parameters(scale, bias, False)
+    mean, var = transformation.of_statistics((mean, var), False)
+    return {
+        "scale": scale,
+        "offset": bias,
+        "mean": mean,
+        "variance": var,
+        "epsilon": epsilon,
+    }
 
 
 def feature_axes(x: Array, axis: int | Iterable[int]) -> tuple[int, ...]:
@@ -74,12 +114,13 @@ def flag(value: Any) -> Any:
 
 def normalize(
     layer: Layer,
+    transformation: Transformation,
     x: Array,
     scale: Array | None,
     bias: Array | None,
     mean: Array,
     var: Array,
-    use_running_average: Any,
+    training: Any,
     *,
     mask: Array | None,
     residual: Array | None,
@@ -91,37 +132,41 @@ def normalize(
     """
     view = _View(x.shape, feature_axes(x, layer.axis))
     wide = jnp.promote_types(x.dtype, dtype)
+    block = view.to_block(x.astype(wide))
     if residual is not None:
         residual = view.to_block(_like_x(residual, x).astype(wide))
-    function: Callable[..., Any] = functional.batch_norm
     weights = None
-    if mask is not None and use_running_average is not True:
+    if mask is not None and training is not False:
         weights = view.to_block(_of_rank(mask, x))
-        if weights.shape[view.axis] != 1:
-            function = _masked.batch_norm
-    scale, bias, *old = (None if v is None else v.reshape(-1) for v in (scale, bias, mean, var))
+    own = weights is not None and weights.shape[view.axis] != 1
+    function: Callable[..., Any] = _masked.batch_norm if own else functional.batch_norm
+    options = {
+        "axis": view.axis,
+        "weights": weights,
+        "exponential_avg_factor": _factor(layer.momentum),
+        "correction": layer.correction,
+        "axis_name": layer.axis_name,
+        "axis_index_groups": layer.axis_index_groups,
+    }
+    by = _transformed.normalizers(
+        transformation,
+        (mean, var),
+        training,
+        partial(_batch.measured, block, (mean, var), own_weights=own, **options),
+    )
+    vectors = (None if v is None else v.reshape(-1) for v in (scale, bias, *by.given))
     result = function(
-        view.to_block(x.astype(wide)),
-        scale,
-        bias,
-        *old,
-        is_training=_not(use_running_average),
-        axis=view.axis,
+        block,
+        *vectors,
+        is_training=by.by_batch,
         epsilon=layer.epsilon,
-        exponential_avg_factor=_factor(layer.momentum),
         activation=layer.activation,
         residual=residual,
-        weights=weights,
-        correction=layer.correction,
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
+        **options,
     )
-    new = _finite(layer, [result.mean, result.variance], old)
-    return view.from_block(result.y).astype(dtype), *(v.reshape(mean.shape) for v in new)
-
-
-def _not(known: Any) -> Any:
-    return not known if isinstance(known, bool) else jnp.logical_not(known)
+    returned = result.mean.reshape(mean.shape), result.variance.reshape(var.shape)
+    new = _finite(layer, by.averages(returned), (mean, var))
+    return view.from_block(result.y).astype(dtype), *new
 
 
 def _factor(momentum: Any) -> float:
@@ -130,12 +175,11 @@ def _factor(momentum: Any) -> float:
     return min(factor, math.nextafter(1, 0))
 
 
-def _finite(layer: Layer, new: list[Array], old: list[Array]) -> list[Array]:
+def _finite(layer: Layer, new: Pair, old: Pair) -> Pair:
     """Return the running statistics, without what is not finite if the layer skips that."""
     if layer.nonfinite == "propagate":
         return new
-    finite = jnp.isfinite(new[0]) & jnp.isfinite(new[1])
-    return [jnp.where(finite, *pair) for pair in zip(new, old, strict=True)]
+    return chosen(jnp.isfinite(new[0]) & jnp.isfinite(new[1]), new, old)
 
 
 def _like_x(residual: Any, x: Array) -> Array:

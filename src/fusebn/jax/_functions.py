@@ -25,6 +25,7 @@ from fusebn.jax._arguments import (
     training_flag,
     vector,
 )
+from fusebn.jax._array_ops import array_ops  # noqa: F401  # for fusebn.quantize
 from fusebn.jax._portable import Options, stat_type
 
 __all__ = [

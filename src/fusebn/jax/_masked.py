@@ -35,7 +35,7 @@ def batch_norm(
     axis_index_groups: Any,
 ) -> FusedBatchNorm:
     """Do what `functional.batch_norm` does, with weights of the shape of x that are 0 or 1."""
-    batch = _moments(x, weights, axis)
+    batch = moments(x, weights, axis)
     if axis_name is not None:
         batch = _synchronized.merged(batch, group_of(axis_name, axis_index_groups))
     counted = batch.count > 0
@@ -71,7 +71,7 @@ def _along(vector: Array, x: Array, axis: int) -> Array:
     return jnp.expand_dims(vector, [i for i in range(x.ndim) if i != axis])
 
 
-def _moments(x: Array, mask: Array, axis: int) -> Moments:
+def moments(x: Array, mask: Array, axis: int) -> Moments:
     """Return the moments of each channel over its own positions."""
     across = tuple(i for i in range(x.ndim) if i != axis)
     stat = jnp.promote_types(x.dtype, jnp.float32)

@@ -41,6 +41,7 @@ __all__ = [
     "moments_over",
     "normalize",
     "portable",
+    "statistics",
     "support",
 ]
 
@@ -348,6 +349,23 @@ def moments(x: Array, weights: Array | None, axis: int) -> Moments:
     """Return the statistics over all axes but one; 0 where the count is."""
     found = _moments(_operands(x, axis, None, weights), ("batch", "count"), Options())
     return Moments(found["count"][0], found["batch"][0])
+
+
+def statistics(
+    x: Array, weights: Array | None, mean: Array, variance: Array, options: Options
+) -> tuple[Moments, tuple[Array, Array]]:
+    """Return the moments, and mean and variance as `batch_norm` returns them in training.
+
+    To the last bit, for it is the same call, whose y is dropped.
+    """
+    operands = _operands(x, options.axis, None, weights)
+    operands |= _vectors(mean=mean, variance=variance)
+    options = options._replace(training=True, activation="identity")
+    operands["training"] = _flag(None, options)
+    found = _forward(operands, ("y", "mean", "variance", "batch", "count"), options)
+    count, batch = found["count"][0], found["batch"][0]
+    moments = Moments(count, jnp.where(count > 0, batch, 0))
+    return moments, (found["mean"][0], found["variance"][0])
 
 
 def moments_over(

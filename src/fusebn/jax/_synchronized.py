@@ -81,7 +81,7 @@ def batch_norm(
     group = group_of(axis_name, axis_index_groups)
     batch = merged(_ops.moments(x, weights, options.axis), group)
     inputs = Inputs(x, scale, offset, mean, variance, residual, weights)
-    inputs, used = _vary((inputs, batch), inputs)
+    inputs, used = vary((inputs, batch), inputs)
     flag = None if is_training is True else is_training  # None: training for sure
     if asked_portable():
         y = _normalize(options, flag, inputs, used)
@@ -105,7 +105,7 @@ def _gather(values: Array, group: Group) -> Array:
     return lax.all_gather(values, group.names, axis_index_groups=group.groups, to=to)
 
 
-def _vary(values: Any, like: Any) -> Any:
+def vary(values: Any, like: Any) -> Any:
     """Make arrays vary along all axes along which some array in `like` does."""
     axes = frozenset[Any]().union(*map(varying, jax.tree.leaves(like)))
 
@@ -308,7 +308,7 @@ def _gradients_forward(
 def _gradients_backward(options: Options, group: Group, kept: Any, into: Inputs) -> Any:
     inputs, batch, is_training, dy = kept
     sums, of_sums = jax.vjp(partial(_sums, options, is_training), inputs, batch, dy)
-    totals = _vary(_sum(sums, group), sums)
+    totals = vary(_sum(sums, group), sums)
     _, of_rest = jax.vjp(
         partial(_given_sums, options, is_training), inputs, batch, dy, sums, totals
     )

@@ -1,21 +1,25 @@
 """Flax Linen's layer, ``flax.linen.BatchNorm``, on this library's kernels."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from fusebn import _spec
 from fusebn.jax import _flax
+from fusebn.jax._transformed import negated
 
 try:
     from flax import linen
     from flax.linen.dtypes import canonicalize_dtype
+
+    from fusebn.jax._linen_quantize import FakeQuantize
 except ModuleNotFoundError as error:
     if error.name != "flax":
         raise
     _spec.missing("fusebn.jax.linen", "flax")
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "FakeQuantize"]
 
 Array = Any
 
@@ -53,11 +57,24 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
     nonfinite : "propagate" or "skip"
         What a NaN or an infinity in a channel does to that channel's running averages: it gets into
         them, as in Flax, or they stay as they are. It touches no other channel in any case.
+    transforms : mapping, optional
+        Functions of an array, by the name of the variable they apply to: "scale", "offset" (the
+        bias), "moving_mean", "moving_variance". What they return normalizes in the variable's
+        place; the variable stays as it is. A variance below 0 becomes 0. For instance
+        ``{"scale": fusebn.quantize.FakeQuantize(8)}``, or the :class:`FakeQuantize` that is here.
+    transforms_active : bool, or boolean array of rank 0
+        Whether the transforms apply. It may be traced: then one compiled program serves both.
+        Without them the results are those of a layer without transforms, bit for bit.
+    transform_batch_statistics : bool
+        Whether, unless the running averages are used, the batch's mean and biased variance go
+        through the transforms of the moving ones before they normalize x. The running averages take
+        up the batch's own. It takes more passes over memory, in forward and in backward.
 
     Raises
     ------
     ValueError, TypeError
-        An argument does not fit, here or in a call; in compiled code when it is traced.
+        An argument does not fit, here or in a call; in compiled code when it is traced. A transform
+        that changes the shape; or that returns NaN for what has none, outside of compiled code.
 
     Notes
     -----
@@ -99,6 +116,9 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
     activation: str | None = None
     correction: float = 0
     nonfinite: str = "propagate"
+    transforms: Mapping[str, Callable[..., Any]] | None = None
+    transforms_active: Any = True
+    transform_batch_statistics: bool = False
 
     @linen.compact
     def __call__(
@@ -108,6 +128,7 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
         *,
         mask: Array | None = None,
         residual: Array | None = None,
+        transforms_active: Any = None,
     ) -> Array:
         """Normalize a batch.
 
@@ -122,6 +143,8 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
             Broadcasts to x: the positions that count for mean and variance. All are normalized.
         residual : array of the shape of x, optional
             Added before the activation.
+        transforms_active : bool, or boolean array of rank 0, optional
+            Whether the transforms apply to this call. None: as the layer's says.
 
         Returns
         -------
@@ -132,7 +155,7 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
         _flax.check(layer)
         x = jnp.asarray(x)
         if jnp.iscomplexobj(x):
-            _flax.check_plain(layer, x, residual)
+            _flax.check_plain(layer, x, residual, self.transforms)
             return super().__call__(x, use_running_average, mask=mask)
         use_running_average = _flax.flag(
             linen.merge_param("use_running_average", self.use_running_average, use_running_average)
@@ -148,21 +171,40 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         if self.is_initializing():
             layer = layer._replace(axis_name=None)
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        transformation = _flax.transformation_of(self, transforms_active)
+        training = negated(use_running_average)
         y, *new = _flax.normalize(
             layer,
+            transformation,
             x,
-            scale,
-            bias,
+            *transformation.of_parameters(scale, bias, training),
             mean.value,
             var.value,
-            use_running_average,
+            training,
             mask=mask,
             residual=residual,
-            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            dtype=dtype,
         )
         if use_running_average is not True and not self.is_initializing():
             mean.value, var.value = (self._averaged(v, mean.value, x) for v in new)
         return y
+
+    def effective_variables(self) -> dict[str, Any]:
+        """Return what normalizes in inference: the variables, as the transforms have them.
+
+        Of a layer that is bound to its variables: ``layer.bind(variables).effective_variables()``.
+
+        Returns
+        -------
+        dict
+            ``scale`` and ``offset``, None where the layer has none, ``mean``, ``variance``; and
+            ``epsilon``.
+        """
+        params = (self.get_variable("params", name) for name in ("scale", "bias"))
+        averages = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
+        transformation = _flax.transformation_of(self, None)
+        return _flax.effective(transformation, self.epsilon, *params, *averages)
 
     def _averaged(self, new: Array, old: Array, x: Array) -> Array:
         """Return a running average in the type that Flax gives it."""

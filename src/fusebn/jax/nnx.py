@@ -1,6 +1,6 @@
 """Flax NNX's layer, ``flax.nnx.BatchNorm``, on this library's kernels."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -9,16 +9,19 @@ import jax.numpy as jnp
 
 from fusebn import _spec
 from fusebn.jax import _flax
+from fusebn.jax._transformed import negated
 
 try:
     from flax import nnx
     from flax.nnx.nn import dtypes, initializers
+
+    from fusebn.jax._nnx_quantize import FakeQuantize
 except ModuleNotFoundError as error:
     if error.name != "flax":
         raise
     _spec.missing("fusebn.jax.nnx", "flax")
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "FakeQuantize"]
 
 Array = Any
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -61,11 +64,15 @@ class BatchNorm(nnx.BatchNorm):
     nonfinite : "propagate" or "skip"
         What a NaN or an infinity in a channel does to that channel's running averages: it gets into
         them, as in Flax, or they stay as they are. It touches no other channel in any case.
+    transforms, transforms_active, transform_batch_statistics
+        As in :class:`fusebn.jax.linen.BatchNorm`. Transforms may be modules of NNX, whose variables
+        are then the layer's too; `transforms_active` may also be an ``nnx.Variable``.
 
     Raises
     ------
     ValueError, TypeError
-        An argument does not fit, here or in a call; in compiled code when it is traced.
+        An argument does not fit, here or in a call; in compiled code when it is traced. A transform
+        that changes the shape; or that returns NaN for what has none, outside of compiled code.
 
     Notes
     -----
@@ -114,6 +121,9 @@ class BatchNorm(nnx.BatchNorm):
         activation: str | None = None,
         correction: float = 0,
         nonfinite: str = "propagate",
+        transforms: Mapping[str, Callable[..., Any]] | None = None,
+        transforms_active: Any = True,
+        transform_batch_statistics: bool = False,
     ) -> None:
         super().__init__(
             num_features,
@@ -138,7 +148,13 @@ class BatchNorm(nnx.BatchNorm):
         self.activation = activation
         self.correction = correction
         self.nonfinite = nonfinite
+        # A module's variables are found in a module, which a plain mapping is not.
+        checked = _flax.checked_transforms(transforms)
+        self.transforms = nnx.Dict(checked) if checked else None
+        self.transforms_active = transforms_active
+        self.transform_batch_statistics = transform_batch_statistics
         _flax.check(_flax.layer_of(self))
+        self._transformation(None)
 
     def __call__(
         self,
@@ -147,14 +163,15 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: Array | None = None,
         residual: Array | None = None,
+        transforms_active: Any = None,
     ) -> Array:
         """Normalize a batch.
 
         Parameters
         ----------
-        x, use_running_average, mask, residual
-            As in :meth:`fusebn.jax.linen.BatchNorm.__call__`; the switch of the call goes before
-            that of the layer.
+        x, use_running_average, mask, residual, transforms_active
+            As in :meth:`fusebn.jax.linen.BatchNorm.__call__`; the switches of the call go before
+            those of the layer.
 
         Returns
         -------
@@ -167,20 +184,23 @@ class BatchNorm(nnx.BatchNorm):
             use_running_average = self.use_running_average
         if use_running_average is None or jnp.iscomplexobj(x):
             # Flax's to do, or its error.
-            _flax.check_plain(layer, x, residual)
+            _flax.check_plain(layer, x, residual, self.transforms)
             return super().__call__(x, use_running_average, mask=mask)
         use_running_average = _flax.flag(use_running_average)
-        mean, var = self.mean[...], self.var[...]
-        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        scale, bias, mean, var = self._variables()
+        transformation = self._transformation(transforms_active)
+        training = negated(use_running_average)
+        scale, bias = transformation.of_parameters(scale, bias, training)
         x, _, _, scale, bias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         y, *new = _flax.normalize(
             layer,
+            transformation,
             x,
             scale,
             bias,
             mean,
             var,
-            use_running_average,
+            training,
             mask=mask,
             residual=residual,
             dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
@@ -188,3 +208,25 @@ class BatchNorm(nnx.BatchNorm):
         if use_running_average is not True:
             self.mean[...], self.var[...] = map(jax.lax.stop_gradient, new)
         return y
+
+    def effective_variables(self) -> dict[str, Any]:
+        """Return what normalizes in inference: the variables, as the transforms have them.
+
+        Returns
+        -------
+        dict
+            ``scale`` and ``offset``, None where the layer has none, ``mean``, ``variance``, of
+            shape (num_features,); and ``epsilon``.
+        """
+        return _flax.effective(self._transformation(None), self.epsilon, *self._variables())
+
+    def _variables(self) -> tuple[Array | None, Array | None, Array, Array]:
+        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        return scale, bias, self.mean[...], self.var[...]
+
+    def _transformation(self, active: Any) -> _flax.Transformation:
+        if active is None:
+            active = self.transforms_active
+        if isinstance(active, nnx.Variable):
+            active = active[...]
+        return _flax.transformation_of(self, active)

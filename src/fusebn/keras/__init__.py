@@ -1,7 +1,8 @@
 """Batch normalization for Keras 3: its own layer, on fused kernels, whatever the backend.
 
 `BatchNormalization` is ``keras.layers.BatchNormalization`` and what can be done in the same pass.
-`fuse` puts it into a whole model, `explain` says what that comes to.
+`fuse` puts it into a whole model, `explain` says what that comes to. `FakeQuantize` is a transform
+of its variables.
 """
 
 from fusebn import _spec
@@ -15,6 +16,7 @@ except ModuleNotFoundError as error:
 
 from fusebn.keras._explain import explain
 from fusebn.keras._fuse import fuse
+from fusebn.keras._quantize import FakeQuantize
 from fusebn.keras.layers import BatchNormalization
 
-__all__ = ["BatchNormalization", "explain", "fuse"]
+__all__ = ["BatchNormalization", "FakeQuantize", "explain", "fuse"]

@@ -7,7 +7,7 @@ each channel (virtual batches), goes in parts.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -17,6 +17,7 @@ import fusebn
 from fusebn.keras import _synchronized
 from fusebn.keras._groups import Arranged, arrange
 from fusebn.keras._renorm import Renorm, transform
+from fusebn.keras._transformed import Transforms, both, choose
 
 Tensor = Any
 
@@ -37,13 +38,56 @@ class Call:
     scale: Tensor | None
     offset: Tensor | None
     averages: tuple[Tensor, ...]  # mean and variance; stddev, renorm_mean, renorm_stddev
+    given: tuple[Tensor, ...]  # mean and variance as they normalize where the batch's do not
     residual: Tensor | None
     mask: Tensor | None  # boolean, in the shape of x without its channel axes
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def __call__(self, x: Tensor, transforms: Transforms) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y, and the averages as they are to be."""
+        own, vectors = transforms.replace_batch(), self.averages[:2]
+        if own is not False:
+            counted, *found = self._statistics(x)
+            own = both(own, counted)
+            vectors = tuple(choose(own, *pair) for pair in zip(found, vectors, strict=True))
+        names = "moving_mean", "moving_variance"
+        given = tuple(transforms(*pair) for pair in zip(names, vectors, strict=True))
+        call = replace(
+            self,
+            scale=transforms("scale", self.scale),
+            offset=transforms("offset", self.offset),
+            given=given,
+        )
+
+        def by_transformed() -> tuple[Tensor, tuple[Tensor, ...]]:
+            # The averages take up the batch as it is, to the bit.
+            return call._by_given(x), call._plainly(ops.stop_gradient(x))[1]
+
+        if isinstance(own, bool):
+            return by_transformed() if own else call._plainly(x)
+        result: tuple[Tensor, tuple[Tensor, ...]]
+        result = ops.cond(own, by_transformed, lambda: call._plainly(x))
+        return result
+
+    def _statistics(self, x: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Return whether the batch counts, its mean and biased variance."""
+        block, axis, *_ = arranged = arrange(x, self.axes)
+        weights = self._weights(x, arranged)
+        if self.synchronized:
+            count, mean, variance = _synchronized.moments(block, axis, weights)
+            counted = count > 0
+        else:
+            others = [i for i in range(len(block.shape)) if i != axis]
+            mean, variance = fusebn.moments(block, others, weights=weights)
+            # An empty batch has no y that its statistics could spoil.
+            counted = True if self.mask is None else self._counted(x)
+        like = self.averages[0]
+        shaped = (ops.cast(ops.reshape(v, like.shape), like.dtype) for v in (mean, variance))
+        return counted, *shaped
+
+    def _plainly(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalize by the batch as it is, or by what is given."""
         if self.training is False:
-            return self._by_averages(x), self.averages
+            return self._by_given(x), self.averages
         if not (self.virtual_batch_size or self.synchronized or self.renorm):
             return self._in_one_call(x)
         if self.training is True:
@@ -51,22 +95,24 @@ class Call:
         result: tuple[Tensor, tuple[Tensor, ...]] = ops.cond(
             self.training,
             lambda: self._in_parts(x),
-            lambda: (self._by_averages(x), self.averages),
+            lambda: (self._by_given(x), self.averages),
         )
         return result
 
-    def _by_averages(self, x: Tensor) -> Tensor:
+    def _by_given(self, x: Tensor) -> Tensor:
         arranged = arrange(x, self.axes)
-        y, *_ = self._fused(
-            arranged, self.scale, self.offset, *self.averages[:2], is_training=False
-        )
+        y, *_ = self._fused(arranged, self.scale, self.offset, *self.given, is_training=False)
         return y
 
     def _in_one_call(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        given = self.averages
+        old = self.averages
         if keras.backend.backend() == "torch":
             # Backward may want to see what is about to be overwritten.
-            given = tuple(map(ops.copy, given))
+            old = tuple(map(ops.copy, old))
+        triples = zip(old, self.averages, self.given, strict=True)
+        given = [
+            raw if used is own else choose(self.training, raw, used) for raw, own, used in triples
+        ]
         arranged = arrange(x, self.axes)
         y, *new = self._fused(
             arranged,
@@ -77,10 +123,16 @@ class Call:
             exponential_avg_factor=1 - self.decay,
             weights=self._weights(x, arranged),
         )
-        new = [ops.reshape(value, old.shape) for value, old in zip(new, given, strict=True)]
+        # Without training, what was given comes back, and that may be transformed.
+        new = [
+            ops.reshape(value, raw.shape)
+            if used is raw
+            else choose(self.training, ops.reshape(value, raw.shape), raw)
+            for value, raw, used in zip(new, old, given, strict=True)
+        ]
         if self.decay == 0:  # only then a batch of count 0 does not leave them alone
             counted = self._counted(x)
-            new = [_choose(counted, *both) for both in zip(new, given, strict=True)]
+            new = [choose(counted, *pair) for pair in zip(new, given, strict=True)]
         return y, self._constants(new)
 
     def _in_parts(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -101,7 +153,7 @@ class Call:
             biased = variance
             least = math.sqrt(self.epsilon)
             r, d = self.renorm.correction(mean, self._stddev(biased), *averages[3:], least=least)
-            r, d = _choose(counted, r, ops.ones_like(r)), _choose(counted, d, ops.zeros_like(d))
+            r, d = choose(counted, r, ops.ones_like(r)), choose(counted, d, ops.zeros_like(d))
             scale, offset = transform(ops.stop_gradient(r), ops.stop_gradient(d), scale, offset)
         if self.synchronized:
             # Of a batch of count 0 x is forgotten.
@@ -124,7 +176,7 @@ class Call:
         """Return the averages with the statistics of a batch mixed in."""
 
         def mix(old: Tensor, new: Tensor, decay: float = self.decay) -> Tensor:
-            return _choose(counted, decay * old + (1 - decay) * new, old)
+            return choose(counted, decay * old + (1 - decay) * new, old)
 
         mean, variance, *seen = statistics
         moving_mean, moving_variance, *more = self.averages
@@ -136,7 +188,7 @@ class Call:
         equal = ops.relu(ops.square(stddev) - self.epsilon)
         return [
             mix(moving_mean, mean),
-            _choose(counted, equal, moving_variance),
+            choose(counted, equal, moving_variance),
             stddev,
             mix(renorm_mean, seen[0], self.renorm.decay),
             mix(renorm_stddev, self._stddev(seen[1]), self.renorm.decay),
@@ -197,8 +249,3 @@ class Call:
             ops.stop_gradient(ops.cast(new, old.dtype))
             for new, old in zip(values, self.averages, strict=True)
         )
-
-
-def _choose(condition: Any, new: Tensor, old: Tensor) -> Tensor:
-    """Return new where the condition holds, without an op where it is known to."""
-    return new if condition is True else ops.where(condition, new, old)

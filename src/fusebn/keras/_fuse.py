@@ -174,7 +174,11 @@ class _Cloning:
         if isinstance(operation, keras.Model) and is_open(operation):
             return self.clone(operation)
         kind = BatchNormalization if is_norm(operation) else type(operation)
-        clone = kind.from_config(operation.get_config())
+        config = operation.get_config()
+        has_transforms = kind is BatchNormalization and config.pop("transforms", None) is not None
+        clone = kind.from_config(config)
+        if has_transforms:
+            clone.share_transforms(operation)
         return clone
 
 

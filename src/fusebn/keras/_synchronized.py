@@ -70,7 +70,7 @@ def _sum_of_torch(*values: Tensor) -> Any:
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return values
-    from fusebn.torch._synchronized import sum_over_processes
+    from fusebn.torch._merging import sum_over_processes
 
     return [sum_over_processes(value) for value in values]
 

@@ -1,14 +1,16 @@
 """`BatchNormalization`: Keras's layer by its name, its arguments and its weights."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from fusebn import _spec
+from fusebn import _spec, _transforms
 from fusebn.keras._batch_norm import Call
 from fusebn.keras._renorm import Renorm
+from fusebn.keras._transformed import Transforms, flag
 
 __all__ = ["BatchNormalization"]
 
@@ -74,6 +76,22 @@ class BatchNormalization(keras.layers.BatchNormalization):
         What a NaN or an infinity in a channel does to that channel's averages: it gets into them;
         or they stay as they are; or ValueError is raised and nothing has changed. "raise" waits for
         the values, so it cannot be compiled: use ``compile(run_eagerly=True)``.
+    transforms : dict, optional
+        Functions of a vector of shape (channels,), by the name of the variable they apply to:
+        "scale" (gamma), "offset" (beta), "moving_mean", "moving_variance". What they return
+        normalizes in its place; gradients flow through them, the weights stay as they are. A
+        variance below 0 becomes 0. For instance ``{"scale": fusebn.keras.FakeQuantize(8)}``; what
+        has a state observes in training. In a file are FakeQuantize and other layers, and
+        functions as Keras saves functions.
+    transforms_active : bool, or ``keras.Variable(..., dtype="bool", trainable=False)``
+        Whether the transforms apply. A variable is read when the layer runs, so to assign to it
+        compiles nothing anew; it is among the layer's `variables`, not among its weights, and a
+        file holds its value alone. Without the transforms the results are those of a layer that
+        has none, bit for bit. May be set at any time.
+    transform_batch_statistics : bool
+        Whether, in training, the batch's mean and biased variance go through the transforms of the
+        moving statistics before they normalize it, at the cost of two more passes over the inputs.
+        The averages take up the batch's own. Neither with `renorm` nor with `virtual_batch_size`.
     **kwargs
         `name`, `dtype`, `trainable`, ... as for any layer.
 
@@ -87,6 +105,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
         All are normalized.
     residual : tensor like inputs, optional
         Added before the activation.
+    transforms_active : bool, or scalar boolean tensor, optional
+        By keyword. None: as the layer's says.
 
     Raises
     ------
@@ -142,6 +162,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
     correction: float = 0.0
     virtual_batch_size: int | None = None
     nonfinite: str = "propagate"
+    transforms: Mapping[str, Any] | None = None
+    transform_batch_statistics: bool = False
+    _transforms_active: Any = True
 
     def __init__(
         self,
@@ -167,6 +190,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         correction: float = 0,
         virtual_batch_size: int | None = None,
         nonfinite: str = "propagate",
+        transforms: Mapping[str, Callable[..., Any]] | None = None,
+        transforms_active: Any = True,
+        transform_batch_statistics: bool = False,
         **kwargs: Any,
     ) -> None:
         several = axis if isinstance(axis, list | tuple) else None
@@ -206,17 +232,85 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 got = repr(virtual_batch_size)
                 _spec.fail(ValueError, _NAME, "virtual_batch_size", expected, got)
         self.virtual_batch_size = virtual_batch_size
+        self.transforms = _transforms.checked(_NAME, transforms) or None
+        self.transforms_active = transforms_active
+        self.transform_batch_statistics = _spec.flag(
+            _NAME, "transform_batch_statistics", transform_batch_statistics
+        )
+        other = "renorm" if renorm else "virtual_batch_size" if virtual_batch_size else None
+        if other and self.transform_batch_statistics:
+            expected = f"be False with {other}, which changes the batch's statistics in its own way"
+            _spec.fail(ValueError, _NAME, "transform_batch_statistics", expected, "True")
+
+    @property
+    def transforms_active(self) -> Any:
+        """Whether the transforms apply: a bool or a ``keras.Variable``."""
+        return self._transforms_active
+
+    @transforms_active.setter
+    def transforms_active(self, value: Any) -> None:
+        if isinstance(value, keras.Variable):
+            if len(value.shape):
+                expected, got = "be a scalar", f"a variable of shape {tuple(value.shape)}"
+                _spec.fail(ValueError, _NAME, "transforms_active", expected, got)
+            value.trainable = False
+        else:
+            value = _spec.flag(_NAME, "transforms_active", value)
+        self.__dict__["_transforms_active"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; Keras would take the variable that is a switch for a weight."""
+        if name == "transforms_active":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def variables(self) -> list[Any]:
+        """All variables: the weights, and the one that switches the transforms."""
+        found: list[Any] = super().variables
+        active = self._transforms_active
+        return [*found, active] if isinstance(active, keras.Variable) else found
 
     def get_config(self) -> dict[str, Any]:
         """Return Keras's, and what differs from Keras's."""
         config: dict[str, Any] = super().get_config()
         if isinstance(self.axis, tuple):
             config["axis"] = list(self.axis)
-        for name in ("activation", "correction", "virtual_batch_size", "nonfinite"):
+        for name in (
+            "activation",
+            "correction",
+            "virtual_batch_size",
+            "nonfinite",
+            "transform_batch_statistics",
+        ):
             value = getattr(self, name)
             if value != getattr(BatchNormalization, name):
                 config[name] = value
+        if self.transforms:
+            serialize = keras.saving.serialize_keras_object
+            config["transforms"] = {name: serialize(t) for name, t in self.transforms.items()}
+            active = self.transforms_active
+            if isinstance(active, keras.Variable):
+                active = bool(ops.convert_to_numpy(active))
+            config["transforms_active"] = active
         return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Construct a layer from what `get_config` returned."""
+        if transforms := config.get("transforms"):
+            restore = keras.saving.deserialize_keras_object
+            config = {**config, "transforms": {n: restore(t) for n, t in transforms.items()}}
+        return super().from_config(config)
+
+    def share_transforms(self, other: "BatchNormalization") -> None:
+        """Take over another layer's transforms: functions and switch as they are, layers anew."""
+        self.transforms = {
+            name: type(t).from_config(t.get_config()) if isinstance(t, keras.layers.Layer) else t
+            for name, t in (other.transforms or {}).items()
+        } or None
+        self.transforms_active = other.transforms_active
 
     # ---- the weights ----
 
@@ -243,6 +337,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
             averages["renorm_stddev"] = _root(variance)
         for name, initializer in averages.items():
             setattr(self, name, self._average(name, shape, initializer))
+        for transform in (self.transforms or {}).values():
+            if isinstance(transform, keras.layers.Layer) and not transform.built:
+                transform.build((math.prod(shape),))
         named = axes if isinstance(self.axis, tuple) else (self.axis,)  # as errors shall name them
         sizes = dict(zip(named, shape, strict=True))
         self.input_spec = keras.layers.InputSpec(ndim=len(input_shape), axes=sizes)
@@ -274,7 +371,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
     # ---- a call ----
 
     def compute_output_spec(
-        self, inputs: Any, training: Any = None, mask: Any = None, residual: Any = None
+        self,
+        inputs: Any,
+        training: Any = None,
+        mask: Any = None,
+        residual: Any = None,
+        *,
+        transforms_active: Any = None,
     ) -> Any:
         """Return what a call with symbolic tensors yields."""
         if residual is not None:
@@ -282,14 +385,21 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return super().compute_output_spec(inputs)
 
     def call(
-        self, inputs: Any, training: Any = None, mask: Any = None, residual: Any = None
+        self,
+        inputs: Any,
+        training: Any = None,
+        mask: Any = None,
+        residual: Any = None,
+        *,
+        transforms_active: Any = None,
     ) -> Any:
         """Normalize a batch: see the class."""
         if mask is None:  # Keras looks for it only where inputs are the one tensor
             mask = getattr(inputs, "_keras_mask", None)
         x = inputs if keras.backend.is_float_dtype(inputs.dtype) else ops.cast(inputs, "float32")
-        training = _flag(training) if self.trainable else False
-        y, averages = self._call(x, training, mask, residual)(x)
+        training = flag("training", training) if self.trainable else False
+        transforms = self._transforms_of_a_call(transforms_active, training)
+        y, averages = self._call(x, training, mask, residual)(x, transforms)
         if training is not False:
             self._take(averages)
         return ops.cast(y, self.compute_dtype)
@@ -303,8 +413,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
             mask = self._checked_mask(mask, x, axes)
         if self.virtual_batch_size is not None and training is not False:
             self._check_virtual_batches(x, axes, mask)
-        parameters = self.gamma, self.beta
-        scale, offset = (None if of is None else of.value for of in parameters)
+        scale, offset = self._gamma_and_beta
+        averages = tuple(variable.value for variable in self._averages)
         return Call(
             axes=axes,
             training=training,
@@ -319,10 +429,41 @@ class BatchNormalization(keras.layers.BatchNormalization):
             else None,
             scale=scale,
             offset=offset,
-            averages=tuple(variable.value for variable in self._averages),
+            averages=averages,
+            given=averages[:2],
             residual=residual,
             mask=mask,
         )
+
+    def _transforms_of_a_call(self, active: Any, training: Any) -> Transforms:
+        if active is None:
+            active = self.transforms_active
+        active = flag("transforms_active", active)
+        return Transforms(self.transforms or {}, active, training, self.transform_batch_statistics)
+
+    def effective_variables(self) -> dict[str, Any]:
+        """Return what normalizes in inference: the variables, as the transforms have them.
+
+        Returns
+        -------
+        dict
+            ``scale`` and ``offset``, None where the layer has none, ``mean``, ``variance``, in the
+            shape of the weights; and ``epsilon``.
+        """
+        transforms = self._transforms_of_a_call(None, False)
+        (scale, offset), averages = self._gamma_and_beta, self._averages
+        return {
+            "scale": transforms("scale", scale),
+            "offset": transforms("offset", offset),
+            "mean": transforms("moving_mean", averages[0].value),
+            "variance": transforms("moving_variance", averages[1].value),
+            "epsilon": self.epsilon,
+        }
+
+    @property
+    def _gamma_and_beta(self) -> tuple[Any, Any]:
+        gamma, beta = (None if of is None else of.value for of in (self.gamma, self.beta))
+        return gamma, beta
 
     @property
     def _averages(self) -> list[Any]:
@@ -395,18 +536,6 @@ class BatchNormalization(keras.layers.BatchNormalization):
                 f"NaN or Inf in channels {shown}",
             )
             _spec.fail(ValueError, _NAME, "inputs", expected, got, fix)
-
-
-def _flag(training: Any) -> Any:
-    """Return a bool if it is known now, else a scalar boolean tensor."""
-    if not keras.ops.is_tensor(training):
-        return bool(training)
-    if len(training.shape):
-        expected, got = "be a bool, or a boolean scalar", f"a tensor of shape {training.shape}"
-        _spec.fail(TypeError, _NAME, "training", expected, got)
-    if keras.backend.backend() in ("torch", "numpy"):
-        return bool(training)
-    return ops.cast(training, "bool")
 
 
 def _same_shape(residual: Any, inputs: Any) -> None:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from fusebn.tensorflow._functions import forward
+from fusebn.tensorflow._functions import forward, moments_of
 from fusebn.tensorflow._groups import merge_axes, virtual_batches
+from fusebn.tensorflow._portable import BatchNorm
 from fusebn.tensorflow._renorm import Renorm
+from fusebn.tensorflow._transformed import Transforms, both, choose
 from fusebn.tensorflow.moving_averages import converted, update
 
 # The activations that the op applies in the pass that writes y. tf.nn.leaky_relu is not among
@@ -58,20 +60,25 @@ class Layer:
     moving_mean: Any
     moving_variance: Any
     renorm: Renorm | None
+    transforms: Transforms
 
     def __call__(self, x: Any) -> tuple[Any, list[Any]]:
         """Return y, and the updates of the moving statistics: none where training is False."""
         special = self.renorm or self.virtual_batch_size or self.adjustment
         plain = self.training is False or not special
-        batch = self._plain(x) if plain else self._transformed(x)
+        batch = self._plain(x) if plain else self._in_steps(x)
+        seen = self.transforms.seen
+        if seen:
+            with tf.control_dependencies(seen):
+                batch = batch._replace(y=tf.identity(batch.y), used=[*batch.used, *seen])
         return batch.y, [] if self.training is False else self._updates(batch)
 
     def _plain(self, x: Any) -> Batch:
         fused = None if self.activation is None else FUSED.get(self.activation)
         batch = self._op(
             x,
-            scale=self._channels(self.scale),
-            offset=self._channels(self.offset),
+            scale=self.transforms("scale", self._channels(self.scale)),
+            offset=self.transforms("offset", self._channels(self.offset)),
             residual=self.residual,
             activation=fused,
         )
@@ -79,28 +86,30 @@ class Layer:
             return batch
         return batch._replace(y=self.activation(batch.y))
 
-    def _transformed(self, x: Any) -> Batch:
+    def _in_steps(self, x: Any) -> Batch:
         """Normalize, then do what the op does not know, all in the statistics' type."""
         batch = self._op(tf.cast(x, self._dtype), groups_of=self.virtual_batch_size)
         shape = [n if axis in self.axes else 1 for axis, n in enumerate(x.shape)]
-        transforms = []  # in the order in which they apply: each is a factor and a summand
+        steps = []  # in the order in which they apply: each is a factor and a summand
         if self.renorm is not None:
             stddev = self._stddev(batch.biased_variance)
             r, d = self.renorm.correction(batch.mean, stddev, self.epsilon, batch.counted)
             batch = batch._replace(used=[r, d])
-            transforms.append((tf.reshape(r, shape), tf.reshape(d, shape)))
+            steps.append((tf.reshape(r, shape), tf.reshape(d, shape)))
         if self.adjustment is not None:
             factor, summand = (converted(v, self._dtype) for v in self.adjustment(tf.shape(x)))
             factor = tf.where(self.training, factor, tf.ones_like(factor))
-            transforms.append((factor, tf.where(self.training, summand, tf.zeros_like(summand))))
-        transforms.append(
-            (
-                1 if self.scale is None else tf.reshape(self._channels(self.scale), shape),
-                0 if self.offset is None else tf.reshape(self._channels(self.offset), shape),
+            steps.append((factor, tf.where(self.training, summand, tf.zeros_like(summand))))
+        gamma, beta = (
+            None if variable is None else tf.reshape(self.transforms(name, variable), shape)
+            for name, variable in (
+                ("scale", self._channels(self.scale)),
+                ("offset", self._channels(self.offset)),
             )
         )
+        steps.append((1 if gamma is None else gamma, 0 if beta is None else beta))
         scale, offset = tf.ones([], self._dtype), tf.zeros([], self._dtype)
-        for factor, summand in transforms:
+        for factor, summand in steps:
             scale, offset = scale * factor, offset * factor + summand
         y = batch.y * scale + offset
         y.set_shape(x.shape)  # what an adjustment of unknown shape would lose
@@ -120,31 +129,35 @@ class Layer:
         groups_of: int | None = None,
     ) -> Batch:
         """Call the op on x as it wants it laid out, and undo that."""
-        mean, variance = (self._channels(v) for v in (self.moving_mean, self.moving_variance))
         block, axes = x, self.axes
         if groups_of is not None:
             block, axes, groups = virtual_batches(x, axes, groups_of, self.training)
-            mean, variance = (tf.tile(v, [groups]) for v in (mean, variance))
         block, axis, undo = merge_axes(block, axes)
         if residual is not None:
             residual, _, _ = merge_axes(residual, axes)
-        result = forward(
-            self.operation,
-            block,
-            scale,
-            offset,
-            mean,
-            variance,
-            self.epsilon,
-            data_format=None,
-            is_training=self.training,
-            factor=1.0,
-            axis=axis,
-            activation=activation,
-            residual=residual,
-            weights=self.weights,
-            correction=self.correction,
-        )
+
+        def call(mean: Any, variance: Any, training: Any) -> BatchNorm:
+            if groups_of is not None:
+                mean, variance = (tf.tile(v, [groups]) for v in (mean, variance))
+            return forward(
+                self.operation,
+                block,
+                scale,
+                offset,
+                mean,
+                variance,
+                self.epsilon,
+                data_format=None,
+                is_training=training,
+                factor=1.0,
+                axis=axis,
+                activation=activation,
+                residual=residual,
+                weights=self.weights,
+                correction=self.correction,
+            )
+
+        result = self._by_statistics(block, axis, call)
         y, counted = undo(result.y), result.count > 0
         biased = tf.cast(result.batch[1], self._dtype)
         mean, variance = result.mean, result.variance
@@ -157,6 +170,41 @@ class Layer:
             )
         y.set_shape(x.shape)
         return Batch(y, mean, variance, biased, counted)
+
+    def _by_statistics(self, block: Any, axis: int, call: Callable[..., BatchNorm]) -> BatchNorm:
+        """Call the op with the statistics that are to normalize the block."""
+        averages = [self._channels(v) for v in (self.moving_mean, self.moving_variance)]
+        own, batch = self.transforms.replace_batch(), None
+        given = averages
+        if own is not False:
+            batch, biased = self._statistics(block, axis)
+            if self.weights is not None:  # an empty batch has no y that it could spoil
+                own = both(own, batch.count > 0)
+            given = [choose(own, *pair) for pair in zip(biased, averages, strict=True)]
+        names = "moving_mean", "moving_variance"
+        new = [self.transforms(*pair) for pair in zip(names, given, strict=True)]
+        # By its own statistics a batch is normalized as they are.
+        used = [choose(self.training, *pair) for pair in zip(averages, new, strict=True)]
+        if batch is None:
+            return call(*used, self.training)
+        if own is True:
+            return batch._replace(y=call(*new, False).y)
+        y = tf.cond(own, lambda: call(*new, False).y, lambda: call(*used, self.training).y)
+        return batch._replace(y=y)
+
+    def _statistics(self, block: Any, axis: int) -> tuple[BatchNorm, list[Any]]:
+        """Return the statistics that the op would, without y; and the mean and biased variance."""
+        others = [i for i in range(block.shape.rank) if i != axis]
+        (count, mean, m2), _ = moments_of(self.operation, block, others, self.weights)
+        count = tf.convert_to_tensor(count, tf.float64)
+        above = count > self.correction
+        rest = tf.where(above, count - self.correction, tf.maximum(count, 1))
+        batch = tf.stack([mean, m2 / tf.maximum(count, tf.cast(count > 0, count.dtype))])
+        mean, variance, *biased = (
+            tf.cast(v, self._dtype) for v in (mean, m2 / rest, *tf.unstack(batch))
+        )
+        counted = choose(self.training, count, tf.zeros_like(count))
+        return BatchNorm(None, mean, variance, batch, counted), biased
 
     def _updates(self, batch: Batch) -> list[Any]:
         def average(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fusebn import _spec
 from fusebn._results import FusedBatchNorm, FusedBatchNormGrad
 from fusebn.tensorflow import _ops, _portable, moving_averages
+from fusebn.tensorflow._array_ops import array_ops as array_ops
 from fusebn.tensorflow._autograph import unconverted
 
 __all__ = [

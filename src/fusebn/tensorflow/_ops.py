@@ -81,13 +81,18 @@ def _gpus() -> bool:
     return bool(tf.config.list_physical_devices("GPU"))
 
 
+def in_xla() -> bool:
+    """Say whether what is built now is for XLA to compile."""
+    return not tf.executing_eagerly() and bool(_in_xla(tf.compat.v1.get_default_graph()))
+
+
 def why_portable(x: Tensor | None = None) -> str:
     """Return why the composite is used here (for x, if given), or "" if the op is."""
     if getattr(_asked, "depth", 0):
         return "inside portable()"
     if _library is None:
         return _why_not_loaded
-    if not tf.executing_eagerly() and _in_xla(tf.compat.v1.get_default_graph()):
+    if in_xla():
         return "XLA compiles TensorFlow's own ops only"
     if x is not None and _gpus() and "CPU" not in x.device:
         return "the op has no kernel for a GPU"

@@ -11,12 +11,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from fusebn import _spec
+from fusebn import _spec, _transforms
 from fusebn.tensorflow import _arguments, _ops, _variables
 from fusebn.tensorflow._autograph import unconverted
 from fusebn.tensorflow._batch_norm import Layer
 from fusebn.tensorflow._functions import stat_type
 from fusebn.tensorflow._renorm import CLIPPING, Renorm
+from fusebn.tensorflow._transformed import Transforms
 from fusebn.tensorflow._variables import Wish
 
 __all__ = ["batch_norm", "batch_normalization"]
@@ -63,6 +64,9 @@ def batch_norm(
     *,
     correction: Any = 1,
     residual: Any = None,
+    transforms: Mapping[str, Callable[..., Any]] | None = None,
+    transforms_active: Any = True,
+    transform_batch_statistics: Any = False,
 ) -> Any:
     """Normalize a batch and keep moving averages: ``tf.contrib.layers.batch_norm``.
 
@@ -132,6 +136,19 @@ def batch_norm(
         Taken from n in the divisor of the variance that is averaged.
     residual : tensor like inputs, optional
         Added before the activation.
+    transforms : dict, optional
+        Functions from a vector of shape [channels] to another, by the name of what they apply to:
+        "scale", "offset", "moving_mean", "moving_variance". What they return normalizes in its
+        place; gradients flow through them, the variables stay as they are. A variance below 0
+        becomes 0. For instance ``{"scale": fusebn.tensorflow.FakeQuantize(8)}``; what has a state
+        observes in training.
+    transforms_active : bool, or scalar boolean tensor or tf.Variable
+        Whether the transforms apply. A tensor is read at run time: one graph serves both. Without
+        them the results are those of a layer without transforms, bit for bit.
+    transform_batch_statistics : bool
+        Whether, in training, the batch's mean and biased variance go through the transforms of the
+        moving statistics before they normalize it, at the cost of one more pass over inputs. The
+        moving averages take up the batch's own. Neither with `renorm` nor with virtual batches.
 
     Returns
     -------
@@ -232,6 +249,9 @@ def batch_norm(
         activation=activation_fn,
         residual=residual,
         fused=fused,
+        transforms=transforms,
+        transforms_active=transforms_active,
+        transform_batch_statistics=transform_batch_statistics,
         updates_collections=updates_collections,
         outputs_collections=outputs_collections,
     )
@@ -268,6 +288,9 @@ def batch_normalization(
     correction: Any = 1,
     activation_fn: Callable[[Any], Any] | None = None,
     residual: Any = None,
+    transforms: Mapping[str, Callable[..., Any]] | None = None,
+    transforms_active: Any = True,
+    transform_batch_statistics: Any = False,
 ) -> Any:
     """Normalize a batch and keep moving averages: ``tf.layers.batch_normalization``.
 
@@ -299,7 +322,8 @@ def batch_normalization(
         In training, normalize groups of so many examples, each by itself (ghost batches). Group j
         of G has the examples j, j + G, j + 2G, ... The averages take up the mean of the groups'
         statistics. The size must divide the batch, in training only. Not with `adjustment`.
-    updates_collections, correction, activation_fn, residual
+    updates_collections, correction, activation_fn, residual, transforms, transforms_active, \
+            transform_batch_statistics
         As there.
 
     Returns
@@ -388,6 +412,9 @@ def batch_normalization(
         activation=activation_fn,
         residual=residual,
         fused=fused,
+        transforms=transforms,
+        transforms_active=transforms_active,
+        transform_batch_statistics=transform_batch_statistics,
         updates_collections=updates_collections,
         outputs_collections=None,
     )
@@ -402,6 +429,7 @@ def _layer(
     parameters: Mapping[str, bool],
     *,
     trainable: Any,
+    training: Any,
     epsilon: Any,
     correction: Any,
     renorm: Any,
@@ -413,6 +441,9 @@ def _layer(
     weights: Any,
     residual: Any,
     fused: Any,
+    transforms: Any,
+    transforms_active: Any,
+    transform_batch_statistics: Any,
     updates_collections: Any,
     outputs_collections: Any,
     **arguments: Any,
@@ -427,6 +458,17 @@ def _layer(
     activation = _arguments.function(operation, "activation_fn", activation)
     if residual is not None:
         residual = _arguments.like_inputs(operation, "residual", residual, x)
+    transformed = Transforms(
+        operation,
+        _transforms.checked(operation, transforms),
+        _arguments.training_flag(operation, "transforms_active", transforms_active),
+        training,
+        _spec.flag(operation, "transform_batch_statistics", transform_batch_statistics),
+    )
+    if transformed.of_batch and (renorm or virtual_batch_size is not None):
+        other = "renorm" if renorm else "virtual_batch_size"
+        expected = f"be False with {other}, which changes the batch's statistics in its own way"
+        _spec.fail(ValueError, operation, "transform_batch_statistics", expected, "True")
     native = fused is None or _spec.flag(operation, "fused", fused)
     # The shapes that TensorFlow's layers gave their variables, and that checkpoints have.
     shape = [x.shape[axis] for axis in axes]
@@ -450,6 +492,8 @@ def _layer(
         layer = Layer(
             operation=operation,
             axes=axes,
+            training=training,
+            transforms=transformed,
             epsilon=epsilon,
             correction=correction,
             virtual_batch_size=virtual_batch_size,

@@ -67,7 +67,7 @@ def activation_of(module: nn.Module | None) -> str | None:
     return name if all(getattr(module, key) == value for key, value in wanted.items()) else None
 
 
-def _activation_called(node: fx.Node, parent: nn.Module) -> str | None:
+def activation_called(node: fx.Node, parent: nn.Module) -> str | None:
     """Return the name of the activation that a node applies to its first argument, or None."""
     if node.op == "call_module":
         plain = len(node.args) == 1 and not node.kwargs
@@ -279,7 +279,7 @@ def _activation_after(node: fx.Node, parent: nn.Module) -> tuple[fx.Node | None,
         return None, None, "it is the residual of another"
     if user is None:
         return None, None, "its output is used more than once" if node.users else "it is unused"
-    name = _activation_called(user, parent) if user.args and user.args[0] is node else None
+    name = activation_called(user, parent) if user.args and user.args[0] is node else None
     if name is None:
         return None, None, f"{_shown(user, parent)} follows"
     if user.op == "call_module" and is_watched(_child(user, parent)):
@@ -314,14 +314,14 @@ def openable(graph: fx.Graph, parent: nn.Module, is_norm: Callable[[nn.Module], 
         user = _only_user(node)
         if node.op == "call_module" and user is not None and _is_sum(user):
             path, paths = str(node.target), set()
-            while _is_sequential(last := parent.get_submodule(path)) and len(last):
+            while is_sequential(last := parent.get_submodule(path)) and len(last):
                 paths.add(path)
                 path = f"{path}.{next(reversed(last._modules))}"
             found |= paths if is_norm(last) else set()
     return found
 
 
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     plain = inspect.unwrap(type(module).forward) is nn.Sequential.forward
     return plain and not is_watched(module)
 

@@ -26,6 +26,7 @@ from fusebn.torch._arguments import (
     tensor_of,
     vector,
 )
+from fusebn.torch._array_ops import array_ops as array_ops  # found by fusebn.quantize
 from fusebn.torch._portable import Moments, Options
 
 __all__ = [

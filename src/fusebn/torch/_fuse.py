@@ -4,7 +4,7 @@ A batch norm becomes ours by its class, and whatever calls it gets a forward wit
 (see `_planning`). Nothing else of a model changes.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -96,7 +96,7 @@ def unfuse(model: M) -> M:
     """Undo :func:`fuse`; in place.
 
     Every class is again what it was. Parameters and running statistics stay what they have become,
-    and batch norms that were ours before, or are frozen, stay ours.
+    and batch norms that were ours before, or are frozen or have transforms now, stay ours.
 
     Parameters
     ----------
@@ -125,6 +125,11 @@ def unfuse(model: M) -> M:
         if isinstance(module, Planned):
             restore(module)
         changed = vars(module).pop(_CHANGED, False) and type(module) in _THEIRS
-        if changed and not module.frozen:  # which PyTorch's cannot be
+        if changed and not _only_ours(module):
             become(module, _THEIRS[type(module)])
     return model
+
+
+def _only_ours(module: Any) -> bool:
+    """Say whether a batch norm has become what PyTorch's cannot be."""
+    return bool(module.frozen or module.transforms)

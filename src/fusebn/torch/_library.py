@@ -18,6 +18,7 @@ from fusebn.torch import _kernels, _portable
 from fusebn.torch._arguments import stat_type
 from fusebn.torch._portable import NAMES, BatchNorm, Gradient, Options
 from fusebn.torch._transforms import Op, Rule
+from fusebn.torch._verbs import Normalization, rstd_of
 
 _library = torch.library.Library("fusebn", "FRAGMENT")
 
@@ -63,6 +64,13 @@ def _batch_norm_kernel(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     returned, batch, count = _statistics_of(x, options["axis"])
+    if mean is not None and variance is not None and mean.dtype is not stat_type(x):
+        for statistics in (returned, batch):
+            statistics[0].copy_(mean)
+            statistics[1].copy_(variance)
+        y = _kernels.empty_like(x)
+        _normalization(y, x, scale, offset, batch, residual, options).write(y)
+        return y, *returned, batch, count.zero_()
     scale, offset, mean, variance = _in_line(scale, offset, mean, variance)
     y, total = _kernels.forward(
         x, scale, offset, mean, variance, residual, weights, Options(**options),
@@ -101,8 +109,18 @@ def _backward_kernel(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     vectors = _gradients_like(x, scale, offset, mean, variance)
-    wanted = [vector if vector.numel() else None for vector in vectors]
     dresidual = x.new_empty(0) if residual is None else _kernels.empty_like(x)
+    if mean is not None and mean.dtype is not stat_type(x):
+        dx = _kernels.empty_like(x)
+        normalization = _normalization(dx, x, scale, offset, batch, residual, options)
+        dy = _kernels.beside(dx, dy)
+        for room, found in zip(vectors, normalization.into_vectors(dy), strict=True):
+            if room.numel():
+                room.copy_(found)
+        wanted_residual = None if residual is None else dresidual
+        normalization.write_gradients(dy, None, 0, None, dx, wanted_residual)
+        return dx, *vectors, dresidual
+    wanted = [vector if vector.numel() else None for vector in vectors]
     dmean, dvariance, scale, offset = _in_line(dmean, dvariance, scale, offset)
     dx = _kernels.gradient(
         dy,
@@ -143,7 +161,26 @@ def _backward_fake(
 
 def _gradients_like(x: Tensor, *vectors: Tensor | None) -> list[Tensor]:
     """Return room for the gradients of vectors, none for those that are None."""
-    return [x.new_empty([0] if of is None else of.shape, dtype=stat_type(x)) for of in vectors]
+    return [
+        x.new_empty([0], dtype=stat_type(x))
+        if of is None
+        else x.new_empty(of.shape, dtype=of.dtype)
+        for of in vectors
+    ]
+
+
+def _normalization(
+    out: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    batch: Tensor,
+    residual: Tensor | None,
+    options: dict[str, Any],
+) -> Normalization:
+    """Return a normalization by statistics that are wider than the compositions of verbs take."""
+    rstd = rstd_of(batch[1], options["epsilon"])
+    return Normalization(out, x, batch[0], rstd, scale, offset, residual, Options(**options))
 
 
 @torch.library.impl("fusebn::moments", "CPU", lib=_library)

@@ -88,6 +88,10 @@ def _normalized(
         )  # fmt: skip
     if options.training:
         mean = variance = None
+    elif mean is not None and variance is not None:
+        if mean.requires_grad or variance.requires_grad:  # PyTorch's kernel has no such gradients
+            return _portable.batch_norm(x, scale, offset, mean, variance, residual, None, options).y
+        mean, variance = mean.to(stat_type(x)), variance.to(stat_type(x))
     front = x.movedim(options.axis, 1) if x.ndim > 1 else x.unsqueeze(0)
     # Not functional.batch_norm, which refuses one value a channel.
     y = torch.batch_norm(

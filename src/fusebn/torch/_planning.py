@@ -110,8 +110,8 @@ class Study(NamedTuple):
 def study_forward(module: nn.Module) -> Study:
     """Trace and fold forward in the mode of the module, and in the other if that matters."""
     study = Study([], [], {})
-    if reason := _unplanned(module):
-        study.refusals.update(dict.fromkeys(_MODES.values(), reason))
+    if reason := unplanned(module):
+        study.refusals.update(dict.fromkeys(MODES.values(), reason))
         return study
     for training in (module.training, not module.training):
         try:
@@ -121,7 +121,7 @@ def study_forward(module: nn.Module) -> Study:
                     with contextlib.suppress(Refusal):  # it may be for tensors alone
                         _study_mode(module, study, list)
         except Refusal as refusal:
-            study.refusals[_MODES[training]] = str(refusal)
+            study.refusals[MODES[training]] = str(refusal)
             continue
         if not any(holder is module and name == "training" for holder, name, _ in found.terms.read):
             break
@@ -147,10 +147,10 @@ def _study_mode(module: nn.Module, study: Study, kind: type) -> Trace:
     return found
 
 
-_MODES = {True: "training", False: "evaluation"}
+MODES = {True: "training", False: "evaluation"}
 
 
-def _unplanned(module: nn.Module) -> str:
+def unplanned(module: nn.Module) -> str:
     """Say why the forward of a module is not even traced, or ""."""
     if "forward" in vars(module):
         return "forward is an attribute of the module itself"

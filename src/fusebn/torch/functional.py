@@ -4,7 +4,8 @@ PyTorch's words and errors for PyTorch's arguments; ours for the others.
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from numbers import Real
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fusebn import _spec
-from fusebn.torch import _ops, _portable
+from fusebn.torch import _batch_statistics, _ops, _portable
 from fusebn.torch._arguments import ELEMENTS, position_weights, stat_type
 from fusebn.torch._portable import Options
+from fusebn.torch._variables import Through
 
 __all__ = ["batch_norm"]
 
@@ -123,10 +125,57 @@ def batch_norm(
             if y is not None:
                 return y
 
+    tensors, weights, options = _checked(
+        input, running_mean, running_var, weight, bias, training, factor, eps, activation, weights,
+        axis, correction,
+    )  # fmt: skip
+    return _joined(_ops.batch_norm_updating, tensors, residual, weights, options)
+
+
+def batch_norm_through(
+    through: Through,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    weights: Tensor | None,
+    axis: int,
+    correction: float,
+) -> Tensor:
+    """Normalize as in training, by the batch's statistics as transforms have them."""
+    factor = momentum if running_mean is not None else 1.0
+    tensors, weights, options = _checked(
+        input, running_mean, running_var, weight, bias, True, factor, eps, activation, weights,
+        axis, correction,
+    )  # fmt: skip
+    normalize = partial(_batch_statistics.batch_norm_updating, through=through)
+    return _joined(normalize, tensors, residual, weights, options)
+
+
+def _checked(
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    training: Any,
+    factor: Any,
+    eps: Any,
+    activation: Any,
+    weights: Any,
+    axis: Any,
+    correction: Any,
+) -> tuple[tuple[Any, ...], Tensor | None, Options]:
+    """Check all but the residual; return the first tensors that the ops take, weights, options."""
     _check_tensors(input, weight, bias, running_mean, running_var)
     options = _options.__wrapped__(training, input.ndim, axis, eps, correction, factor, activation)
     if training:
-        _check_size(input, options.axis)
+        check_size(input, options.axis)
     _check_running(running_mean, running_var, training)
     channels = input.shape[options.axis]
     _check_running_vector("running_mean", running_mean, input, channels)
@@ -135,12 +184,22 @@ def batch_norm(
     bias = _vector("bias", bias, input, channels)
     if weights is not None:
         weights = position_weights(_OPERATION, "weights", weights, input, {options.axis})
-    tensors = (input, weight, bias, running_mean, running_var)
-    if residual is not None and not _joins(residual, input):
+    return (input, weight, bias, running_mean, running_var), weights, options
+
+
+def _joined(
+    normalize: Callable[..., Tensor],
+    tensors: tuple[Any, ...],
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Normalize, with the residual in the same pass if it is like x."""
+    if residual is not None and not _joins(residual, tensors[0]):
         plain = options._replace(activation="identity")
-        y = _ops.batch_norm_updating(*tensors, None, weights, plain)
+        y = normalize(*tensors, None, weights, plain)
         return _portable.ACTIVATIONS[options.activation](y + residual)
-    return _ops.batch_norm_updating(*tensors, residual, weights, options)
+    return normalize(*tensors, residual, weights, options)
 
 
 @lru_cache(maxsize=1024, typed=True)  # a network calls with the same few again and again
@@ -204,7 +263,7 @@ def _wrong_kind(name: str, position: int, expected: str, value: object) -> None:
     )
 
 
-def _check_size(input: Tensor, axis: int) -> None:
+def check_size(input: Tensor, axis: int) -> None:
     # A list, since no compiler follows math.prod into a generator.
     if math.prod([n for i, n in enumerate(input.shape) if i != axis]) == 1:
         raise ValueError(

@@ -5,15 +5,20 @@ things that nobody wants as they are: the running statistics stay float32 in a m
 precision, a recomputation updates nothing, and an error leaves the module as it was.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import EllipsisType
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from fusebn import _spec
-from fusebn.torch.functional import batch_norm
+from fusebn._transforms import checked
+from fusebn.torch import _calls
+from fusebn.torch._calls import condition, is_recomputation, is_symbol
+from fusebn.torch._variables import Through, Transforms
+from fusebn.torch._wide import Wide
+from fusebn.torch.functional import batch_norm, batch_norm_through
 
 __all__ = [
     "BatchNorm1d",
@@ -22,11 +27,11 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "set_transforms_active",
 ]
 
 NONFINITE = ("propagate", "skip", "raise")
 
-_RUNNING = ("running_mean", "running_var")
 _MOMENTUM = 0.1  # PyTorch's default
 
 
@@ -41,18 +46,7 @@ def momentum_of(name: str, momentum: float | None, decay: float | None) -> float
     return 1 - _spec.fraction(name, "decay", decay, "It is the weight of the old value.")
 
 
-def is_recomputation() -> bool:
-    """Say whether this forward repeats one that has been, for the sake of a running backward.
-
-    Activation checkpointing throws away what a forward made and makes it again when backward asks
-    for it. That happens in the thread of the backward and within it, with either value of
-    ``use_reentrant`` and in whatever else recomputes (reversible networks); a forward of its own
-    does not run there. Compilers decide themselves what they recompute.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class Extended(torch.nn.modules.batchnorm._BatchNorm):
+class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
     """What the modules do beyond PyTorch's. A constructor calls `_extend` when PyTorch's is done.
 
     The defaults stand in the class, so that PyTorch's own modules lack nothing to become ours.
@@ -62,15 +56,32 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
     correction: float = 1
     nonfinite: str = "propagate"
     axis: int = 1
+    transforms_active: bool | Tensor = True
+    transform_batch_statistics: bool = False
     _frozen: bool = False
+    _wide: ClassVar[tuple[str, ...]] = ("running_mean", "running_var")
 
-    def _extend(self, activation: str | None, correction: float, nonfinite: str, axis: int) -> None:
+    def _extend(
+        self,
+        activation: str | None,
+        correction: float,
+        nonfinite: str,
+        axis: int,
+        transforms: Mapping[str, Callable[..., Tensor]] | None,
+        transforms_active: bool | Tensor,
+        transform_batch_statistics: bool,
+    ) -> None:
         name = type(self).__name__
         _spec.activation(name, activation)
         self.activation = activation
         self.correction = _spec.non_negative(name, "correction", correction)
         self.nonfinite = _spec.one_of(name, "nonfinite", nonfinite, NONFINITE)
         self.axis = _spec.integer(name, "axis", axis)
+        self._set_transforms(transforms)
+        self.transforms_active = condition(name, "transforms_active", transforms_active)
+        self.transform_batch_statistics = _spec.flag(
+            name, "transform_batch_statistics", transform_batch_statistics
+        )
         self._widen()
 
     def extra_repr(self) -> str:
@@ -80,6 +91,10 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             value = getattr(self, name)
             if value != getattr(Extended, name):
                 shown.append(f"{name}={value!r}")
+        if self.transforms is not None and self.transforms_active is not True:
+            shown.append(f"transforms_active={self.transforms_active}")
+        if self.transform_batch_statistics:
+            shown.append("transform_batch_statistics=True")
         return ", ".join(shown + ["frozen=True"] * self._frozen)
 
     # ---- the switches ----
@@ -106,26 +121,70 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         self._frozen = False
         return self
 
-    # ---- the type of the statistics ----
+    # ---- transforms ----
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = [self._buffers.get(name) for name in _RUNNING]
-        super()._apply(fn, recurse)
-        for name, old in zip(_RUNNING, before, strict=True):
-            new = self._buffers.get(name)
-            if new is not None and old is not None and _is_half(new):
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
+    @property
+    def transforms(self) -> Transforms | None:
+        """What is done to the variables before they normalize: functions, by their names.
 
-    def _widen(self) -> None:
-        """Make statistics of half precision float32: in those an average stalls.
-
-        A step of less than half a unit in the last place, 2**-9 of the value in bfloat16, is lost.
+        Set it to another mapping, or to None, at any time.
         """
-        for name in _RUNNING:
-            buffer = self._buffers[name]
-            if buffer is not None and _is_half(buffer):
-                self._buffers[name] = buffer.float()
+        return self._modules.get("transforms")  # type: ignore[return-value]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; transforms become a child, or none if there is none."""
+        if name == "transforms":
+            self._set_transforms(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_transforms(self, transforms: Any) -> None:
+        functions = checked(type(self).__name__, transforms)
+        self._modules.pop("transforms", None)
+        if functions:
+            super().__setattr__("transforms", Transforms(functions))
+
+    def _through(
+        self, transforms: Any, active: bool | Tensor | None, observes: bool, beside: Tensor | None
+    ) -> Through:
+        """Return what stands between the variables and what normalizes."""
+        name = type(self).__name__
+        active = self.transforms_active if active is None else active
+        active = condition(name, "transforms_active", active, beside)
+        return Through(name, transforms, active, observes)
+
+    def effective_variables(self) -> dict[str, Any]:
+        """Return what normalizes in evaluation: the variables, as the transforms have them.
+
+        Returns
+        -------
+        dict
+            ``scale``, ``offset``, ``mean`` and ``variance``, of shape (num_features,), None for
+            what the module does not have; and ``epsilon``.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import fusebn.torch as fbt
+        >>> layer = fbt.BatchNorm1d(2, affine=False, transforms={"moving_variance": torch.neg})
+        >>> layer.effective_variables()
+        {'scale': None, 'offset': None, 'mean': tensor([0., 0.]), 'variance': tensor([0., 0.]), \
+'epsilon': 1e-05}
+        """
+        scale, offset = self._affine()
+        mean, variance, _ = self._statistics()
+        beside = next((each for each in (scale, mean) if each is not None), None)
+        if self.transforms is not None:
+            through = self._through(self.transforms, None, False, beside)
+            scale, offset = through("scale", scale), through("offset", offset)
+            mean, variance = through("moving_mean", mean), through("moving_variance", variance)
+        return {
+            "scale": scale,
+            "offset": offset,
+            "mean": mean,
+            "variance": variance,
+            "epsilon": self.eps,
+        }
 
     # ---- forward ----
 
@@ -136,6 +195,7 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         *,
         activation: str | EllipsisType | None = ...,
         weights: Tensor | None = None,
+        transforms_active: bool | Tensor | None = None,
     ) -> Tensor:
         """Normalize a batch.
 
@@ -150,11 +210,33 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         weights : Tensor, optional
             One non-negative real for each position, in the shape of `input` without the channels:
             see :func:`fusebn.torch.batch_norm`.
+        transforms_active : bool, or boolean Tensor of rank 0, optional
+            In place of the module's own.
         """
-        if _is_symbol(input):
-            node: Tensor = self._node(input, residual, activation, weights)
+        if is_symbol(input):
+            node: Tensor = self._node(input, residual, activation, weights, transforms_active)
             return node
         self._check_input_dim(input)
+        chosen = self.activation if activation is ... else activation
+        transforms: Any = self._modules.get("transforms")
+        if transforms is None:
+            return self._run(input, residual, chosen, weights, None)
+        observes = self.training and not self._frozen and not is_recomputation()
+        through = self._through(transforms, transforms_active, observes, input)
+        if not observes:
+            return self._run(input, residual, chosen, weights, through)
+        y: Tensor = transforms.wholly(self._run, input, residual, chosen, weights, through)
+        return y
+
+    def _run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: str | None,
+        weights: Tensor | None,
+        through: Through | None,
+    ) -> Tensor:
+        """Decide which statistics normalize, and whether the running ones move."""
         mean, var, tracked = self._statistics()
         if self._frozen or not self.training:
             training, updates = mean is None and var is None, False
@@ -162,12 +244,13 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             training, updates = True, self.track_running_stats
             if not updates:
                 mean = var = None
-        chosen = self.activation if activation is ... else activation
         if updates:
             if is_recomputation():  # the same steps again, and nothing comes of them
                 mean, var, tracked = _copies(mean, var, tracked)
-            return self._update(input, mean, var, tracked, residual, chosen, weights)
-        return self._normalize(input, mean, var, training, 0.0, residual, chosen, weights)
+            return self._update(input, mean, var, tracked, residual, activation, weights, through)
+        return self._normalize(
+            input, mean, var, training, 0.0, residual, activation, weights, through
+        )
 
     # A Module finds its tensors by __getattr__, which on a small input is a fifth of the time. They
     # are not where they should be when parametrized or wrapped.
@@ -186,14 +269,16 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         except KeyError:
             return self.weight, self.bias
 
-    def _node(self, input: Any, residual: Any, activation: Any, weights: Any) -> Any:
-        """Stay one node where torch.fx traces, as PyTorch's own modules do."""
+    def _node(
+        self, input: Any, residual: Any, activation: Any, weights: Any, transforms_active: Any
+    ) -> Any:
         tensors = (input,) if residual is None else (input, residual)
         given = {} if activation is ... else {"activation": activation}
         if weights is not None:
             given["weights"] = weights
-        tracer = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), tensors, given)
+        if transforms_active is not None:
+            given["transforms_active"] = transforms_active
+        return _calls.node(self, tensors, given)
 
     def _normalize(
         self,
@@ -205,8 +290,20 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None,
         activation: str | None,
         weights: Tensor | None,
+        through: Through | None,
     ) -> Tensor:
         weight, bias = self._affine()
+        if through is not None:
+            weight, bias = through("scale", weight), through("offset", bias)
+            if not training:
+                mean, var = through("moving_mean", mean), through("moving_variance", var)
+            elif self._transforms_batch(through):
+                return batch_norm_through(
+                    through, input, mean, var, weight, bias, factor, self.eps, residual,
+                    activation, weights, self.axis, self.correction,
+                )  # fmt: skip
+            else:
+                through.observe(mean, var)
         return batch_norm(
             input,
             mean,
@@ -223,6 +320,10 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
             correction=self.correction,
         )
 
+    def _transforms_batch(self, through: Through) -> bool:
+        """Say whether the transforms may apply to the statistics of a batch."""
+        return self.transform_batch_statistics and through.active is not False
+
     def _update(
         self,
         input: Tensor,
@@ -232,15 +333,18 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None,
         activation: str | None,
         weights: Tensor | None,
+        through: Through | None,
     ) -> Tensor:
         """Normalize by the batch, and move the running statistics towards it."""
         factor = 1.0 if self.momentum is None else self.momentum
         plain = self.nonfinite == "propagate" and self.momentum is not None
         if plain or mean is None or var is None:
-            y = self._normalize(input, mean, var, True, factor, residual, activation, weights)
+            y = self._normalize(
+                input, mean, var, True, factor, residual, activation, weights, through
+            )
         else:
             new = mean.clone(), var.clone()
-            y = self._normalize(input, *new, True, factor, residual, activation, weights)
+            y = self._normalize(input, *new, True, factor, residual, activation, weights, through)
             self._take(mean, var, tracked, *new)
         # Counted only now: nothing has failed.
         if tracked is not None:
@@ -278,18 +382,53 @@ class Extended(torch.nn.modules.batchnorm._BatchNorm):
         _spec.fail(ValueError, name, "input", expected, got, fix)
 
 
-def _is_symbol(input: Any) -> bool:
-    return isinstance(input, torch.fx.Proxy)
-
-
 def _copies(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Copy tensors unseen by modes: selective checkpointing counts the ops of both forwards."""
     with torch._C._DisableTorchDispatch():
         return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
 
 
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def set_transforms_active(model: M, active: bool | Tensor) -> M:
+    """Switch the transforms of all batch norms in a model; in place.
+
+    Parameters
+    ----------
+    model : Module
+        Whose batch norms of ours get `active` as their `transforms_active`.
+    active : bool, or boolean Tensor of rank 0
+        With a tensor, later changes of its value switch them all, and compile nothing again.
+
+    Returns
+    -------
+    Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        `active` is something else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import fusebn.torch as fbt
+    >>> model = torch.nn.Sequential(fbt.BatchNorm1d(2, transforms={"offset": torch.ones_like}))
+    >>> active = torch.tensor(False)
+    >>> _ = fbt.set_transforms_active(model.eval(), active)
+    >>> model(torch.zeros(1, 2)).tolist()
+    [[0.0, 0.0]]
+    >>> _ = active.fill_(True)
+    >>> model(torch.zeros(1, 2)).tolist()
+    [[1.0, 1.0]]
+    """
+    active = condition("set_transforms_active", "active", active)
+    for module in model.modules():
+        if isinstance(module, Extended):
+            module.transforms_active = active
+    return model
 
 
 # ---- of a given number of channels ----
@@ -312,12 +451,18 @@ class _Sized(Extended):
         nonfinite: str = "propagate",
         decay: float | None = None,
         axis: int = 1,
+        transforms: Mapping[str, Callable[..., Tensor]] | None = None,
+        transforms_active: bool | Tensor = True,
+        transform_batch_statistics: bool = False,
     ) -> None:
         momentum = momentum_of(type(self).__name__, momentum, decay)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
-        self._extend(activation, correction, nonfinite, axis)
+        self._extend(
+            activation, correction, nonfinite, axis,
+            transforms, transforms_active, transform_batch_statistics,
+        )  # fmt: skip
 
 
 class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
@@ -363,6 +508,19 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
         Another name for ``1 - momentum``, the weight of the old value.
     axis : int
         Where the channels are: -1 for (N, H, W, C).
+    transforms : mapping, optional
+        Functions of a vector, by the name of the variable they apply to: "scale" is `weight`,
+        "offset" `bias`, "moving_mean" and "moving_variance" are the running ones. What they return
+        normalizes in the variable's place, with gradients to both; the variable stays as it is. A
+        variance below 0 becomes 0. For instance ``{"scale": fusebn.torch.FakeQuantize(8)}``.
+    transforms_active : bool, or boolean Tensor of rank 0
+        Whether the transforms apply. A tensor is read at each call, so one may switch many
+        modules, compiled ones too. Where it is false, the results are those without transforms,
+        bit for bit. An attribute that may be set at any time.
+    transform_batch_statistics : bool
+        Whether, in training, the batch's mean and biased variance go through the transforms of the
+        running statistics before they normalize the input, with gradients through both. If not,
+        these apply in evaluation only. The running statistics take up the batch's own in any case.
 
     Attributes
     ----------
@@ -370,6 +528,8 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
     running_mean, running_var : Tensor of shape (num_features,), or None
     num_batches_tracked : int64 Tensor of rank 0, or None
         How many batches have moved the running statistics.
+    transforms : mapping, or None
+        May be set at any time.
 
     Raises
     ------
@@ -380,9 +540,15 @@ class BatchNorm2d(_Sized, torch.nn.BatchNorm2d):
     Notes
     -----
     The state_dict is PyTorch's, key by key, and loads either way; what is not in PyTorch's module
-    is not in it. A forward that activation checkpointing repeats within a backward updates nothing.
+    is not in it, but for transforms that are modules, as ``transforms.scale.low``. A forward that
+    activation checkpointing repeats within a backward updates nothing and shows transforms nothing.
     ``torch.compile``, ``torch.export`` and ``torch.fx`` take the modules, ``torch.jit.script`` does
     not.
+
+    A transform of the class :class:`fusebn.quantize.Transform` observes: the variables in every
+    step of training, and in place of the running statistics those of the batch where these are
+    transformed. After an error the transforms, too, are as they were. A NaN that a transform makes
+    of what is none is an error on a CPU, which a compiled program calls a RuntimeError.
 
     As ``torch.nn.BatchNorm2d``; the arguments from `activation` on are ours:
     https://docs.pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
@@ -454,11 +620,17 @@ class _Unsized(Extended):
         nonfinite: str = "propagate",
         decay: float | None = None,
         axis: int = 1,
+        transforms: Mapping[str, Callable[..., Tensor]] | None = None,
+        transforms_active: bool | Tensor = True,
+        transform_batch_statistics: bool = False,
     ) -> None:
         momentum = momentum_of(type(self).__name__, momentum, decay)
         # By position this is the constructor of PyTorch's lazy modules.
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype, bias=bias)  # type: ignore[arg-type]
-        self._extend(activation, correction, nonfinite, axis)
+        self._extend(
+            activation, correction, nonfinite, axis,
+            transforms, transforms_active, transform_batch_statistics,
+        )  # fmt: skip
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """Take the number of channels from the first input."""

@@ -1,5 +1,6 @@
 """`SyncBatchNorm`: the batch is that of all processes, of which each holds a part."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -7,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusebn import _spec
-from fusebn.torch import _arguments, _portable, _synchronized
+from fusebn.torch import _arguments, _batch_statistics, _merging, _portable, _synchronized
 from fusebn.torch._portable import Options
+from fusebn.torch._variables import Through
 from fusebn.torch.modules import Extended, momentum_of
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
@@ -41,6 +43,8 @@ class SyncBatchNorm(Extended):
         As in ``torch.nn.SyncBatchNorm``.
     activation, correction, nonfinite, decay, axis
         As in `BatchNorm2d`.
+    transforms, transforms_active, transform_batch_statistics
+        As in `BatchNorm2d`; what is transformed are the statistics of the whole batch.
 
     Raises
     ------
@@ -91,13 +95,19 @@ class SyncBatchNorm(Extended):
         nonfinite: str = "propagate",
         decay: float | None = None,
         axis: int = 1,
+        transforms: Mapping[str, Callable[..., Tensor]] | None = None,
+        transforms_active: bool | Tensor = True,
+        transform_batch_statistics: bool = False,
     ) -> None:
         momentum = momentum_of(_NAME, momentum, decay)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
         self.process_group = process_group
-        self._extend(activation, correction, nonfinite, axis)
+        self._extend(
+            activation, correction, nonfinite, axis,
+            transforms, transforms_active, transform_batch_statistics,
+        )  # fmt: skip
 
     @staticmethod
     def convert_sync_batchnorm(module: Any, process_group: Any = None) -> Any:
@@ -118,31 +128,42 @@ class SyncBatchNorm(Extended):
         residual: Tensor | None,
         activation: str | None,
         weights: Tensor | None,
+        through: Through | None,
     ) -> Tensor:
         group = self._others() if training and self.training else None
         if group is None:
             return super()._normalize(
-                input, mean, var, training, factor, residual, activation, weights
+                input, mean, var, training, factor, residual, activation, weights, through
             )
         axis = self._check(input)
         _spec.activation(_NAME, activation)
         chosen = activation or "identity"
         if residual is not None and not self._joins(residual, input):
-            y = self._normalize(input, mean, var, training, factor, None, None, weights)
+            y = self._normalize(input, mean, var, training, factor, None, None, weights, through)
             return _portable.ACTIVATIONS[chosen](y + residual)
         if weights is not None:
             weights = _arguments.position_weights(_NAME, "weights", weights, input, {axis})
+        weight, bias = self._affine()
+        if through is not None:
+            weight, bias = through("scale", weight), through("offset", bias)
         stat = _arguments.stat_type(input)
         scale, offset = (
             _arguments.vector(_NAME, name, value, input, axis, stat)
-            for name, value in zip(("weight", "bias"), self._affine(), strict=True)
+            for name, value in (("weight", weight), ("bias", bias))
         )
-        options = Options(True, axis, self.eps, self.correction, 1.0, chosen)
+        given = factor if mean is not None else 1.0
+        options = Options(True, axis, self.eps, self.correction, given, chosen)
+        if through is not None and self._transforms_batch(through):
+            return _batch_statistics.batch_norm_updating(
+                input, scale, offset, mean, var, residual, weights, options, through, group
+            )
+        if through is not None:
+            through.observe(mean, var)
         y, moments = _synchronized.batch_norm(
             input, scale, offset, residual, weights, options, group
         )
         if mean is not None and var is not None:
-            _synchronized.mix(mean, var, moments, factor, self.correction)
+            _merging.mix(mean, var, moments, factor, self.correction)
         return y
 
     def _others(self) -> Any:
