@@ -1,11 +1,25 @@
-"""The kernels in Triton's interpreter, on a CPU: programs run one after the other, in Python."""
+"""The kernels in Triton's interpreter, on a CPU, each program in a thread of its own.
 
+The interpreter runs programs one after the other; one that waits for the others would wait for
+ever. So here it keeps the number of the running program by thread, and a launch that is cooperative
+starts all of them at once, in any order.
+"""
+
+import inspect
+import random
+import threading
+
+import triton
+import triton.language as tl  # noqa: F401  # where a kernel is, the interpreter looks for it
 from triton.runtime import interpreter
 
 from fusebn.triton import _fused as fused
+from fusebn.triton import _resident
 from fusebn.triton import _verbs as verbs
 
 __all__ = ["fused", "verbs"]
+
+PATIENCE = 60  # seconds, until a program that waits is taken to wait for ever
 
 _patch = interpreter._patch_lang_tensor
 
@@ -18,3 +32,79 @@ def _with_index(tensor, *rest):
 
 
 interpreter._patch_lang_tensor = _with_index
+
+
+class _ByThread(type(interpreter.interpreter_builder)):
+    _thread = threading.local()
+
+    @property
+    def grid_idx(self):
+        return getattr(self._thread, "index", None)
+
+    @grid_idx.setter
+    def grid_idx(self, index):
+        self._thread.index = index
+
+
+vars(interpreter.interpreter_builder).pop("grid_idx", None)
+interpreter.interpreter_builder.__class__ = _ByThread
+
+
+@triton.jit
+def _itself(v):
+    return v
+
+
+_resident.opaque = _itself  # assembler, which is not interpreted
+
+
+class Together:
+    """A kernel whose programs run at the same time."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self._run(grid, arguments, options)
+
+    def _run(self, grid, arguments, options):
+        assert options.pop("launch_cooperative_grid")
+        del options["num_warps"]
+        launch = interpreter.GridExecutor(self.kernel.fn, self.kernel.arg_names, grid)
+        on_host, options_on_host = launch._init_args_hst(arguments, options)
+        undo = interpreter._patch_lang(launch.fn)
+        failed = []
+        try:
+            bound = inspect.getcallargs(launch.fn, *on_host, **options_on_host)
+            bound = {
+                name: of if name in launch.constexprs else interpreter._implicit_cvt(of)
+                for name, of in bound.items()
+            }
+            interpreter.interpreter_builder.set_grid_dim(*grid, 1, 1)
+
+            def program(number):
+                try:
+                    interpreter.interpreter_builder.set_grid_idx(number, 0, 0)
+                    launch.fn(**bound)
+                except BaseException as error:
+                    failed.append(error)
+
+            threads = [
+                threading.Thread(target=program, args=(number,), daemon=True)
+                for number in range(grid[0])
+            ]
+            random.Random(grid[0]).shuffle(threads)
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+            if failed:
+                raise failed[0]
+            if any(thread.is_alive() for thread in threads):
+                raise TimeoutError("a program waits for ever")
+        finally:
+            undo.restore()
+        launch._restore_args_dev(arguments, on_host, options, options_on_host)
+
+
+verbs.forward_kernel = Together(_resident.forward_kernel)

@@ -1,5 +1,7 @@
 """forward and gradient: the two compositions of the four verbs, as in csrc/core/fused.cpp."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -18,8 +20,11 @@ def forward(
     """Fill y and the returned statistics; return those that normalized x, for backward.
 
     Without training these are the given ones, the count is 0, and what is returned is a copy of
-    them. Two launches in training, and one without.
+    them. Two launches in training, or one where the batch can be held; and one without.
     """
+    held = _verbs.residency_of(x, block) if of.training and of.weights is None else None
+    if held is not None and os.environ.get("FUSEBN_GPU_PERSISTENT", "1") != "0":
+        return _verbs.forward_resident(x, y, block, held, of, returned)
     if of.training:
         statistics = _verbs.moments(x, block, of.weights, returned)
     else:

@@ -85,12 +85,12 @@ def moments_kernel(
         _store(of_group + part * 3 * kept, kept, here, count, mean, m2)
         if is_last(FINISHED, group, parts):
             count, mean, m2 = _join(of_group, parts, 3 * kept, kept, here, here >= 0, kept)
-            _finish(
+            finish(
                 count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
                 MEAN_OUT, VARIANCE_OUT, factor_high, factor_low, CORRECTION, MIXED,
             )  # fmt: skip
     else:
-        _finish(
+        finish(
             count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
             MEAN_OUT, VARIANCE_OUT, factor_high, factor_low, CORRECTION, MIXED,
         )  # fmt: skip
@@ -129,7 +129,7 @@ def _join(ROOM, rows, step, between, lane, there, LANES: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish(
     count, mean, m2, channel, there, channels, COUNT, BATCH, MEAN, VARIANCE,
     MEAN_OUT, VARIANCE_OUT, factor_high, factor_low,
     CORRECTION: tl.constexpr, MIXED: tl.constexpr,

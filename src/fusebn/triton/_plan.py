@@ -138,3 +138,45 @@ def _tile_width(width: int) -> int:
 
 def _power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
+
+
+class Residency(NamedTuple):
+    """A block held by the programs of a device, strip by strip: see `_resident.py`."""
+
+    strips: int  # of one line of every row
+    teams: int  # each with a strip at a time
+    members: int  # programs of a team
+    held: int  # tiles of a program
+    rows: int  # of a tile
+    words: int  # of 4 bytes, of a row of a tile
+
+    @property
+    def programs(self) -> int:
+        """The size of the grid: all of them run at the same time."""
+        return self.teams * self.members
+
+
+# What a program holds at most: more tiles than these do not fit into 255 registers a thread, beside
+# what is needed to work on them (found by compiling for compute capability 9.0).
+_HELD = (2, 4, 8, 12, 16, 20, 24, 28, 32)
+
+
+def residency(
+    outer: int, channels: int, inner: int, itemsize: int, processors: int
+) -> Residency | None:
+    """Return how a block is held, or None if it is not to be.
+
+    That is where a strip does not fit, where rows are no whole lines, and for channels first.
+    """
+    if inner != 1 or itemsize > 4 or channels * itemsize % _LINE or not outer:
+        return None
+    strips, words = channels * itemsize // _LINE, _LINE // 4
+    rows = TILE_BYTES // _LINE
+    tiles = -(-outer // rows)
+    # As many programs to a team as leave none idle, and as few as hold the strip.
+    members = max(-(-tiles // _HELD[-1]), min(tiles, processors // strips))
+    if members > processors:
+        return None
+    held = next(held for held in _HELD if held * members >= tiles)
+    members = -(-tiles // held)
+    return Residency(strips, min(strips, processors // members), members, held, rows, words)

@@ -83,18 +83,31 @@ def constants(
     rstd is 0 where variance + epsilon is, and for a batch of count 0, whose mean is 0 then.
     """
     mean = tl.load(BATCH + channel, mask=there, other=0.0)
-    shifted = tl.load(BATCH + channels + channel, mask=there, other=1.0) + EPSILON
-    rstd = tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
+    rstd = rstd_of(tl.load(BATCH + channels + channel, mask=there, other=1.0), EPSILON)
     if TRAINING:
         lost = tl.load(COUNT) == 0
         mean, rstd = tl.where(lost, 0.0, mean), tl.where(lost, 0.0, rstd)
-    scale = tl.full(mean.shape, 1.0, tl.float64)
-    offset = tl.full(mean.shape, 0.0, tl.float64)
+    scale, offset = parameters(SCALE, OFFSET, channel, there)
+    return mean, rstd, scale, offset
+
+
+@triton.jit
+def rstd_of(variance, EPSILON: tl.constexpr):
+    """Return 1 / sqrt(variance + epsilon), and 0 where that sum is."""
+    shifted = variance + EPSILON
+    return tl.where(shifted == 0, 0.0, 1.0 / tl.sqrt(tl.where(shifted == 0, 1.0, shifted)))
+
+
+@triton.jit
+def parameters(SCALE, OFFSET, channel, there):
+    """Return scale and offset of each channel, in float64."""
+    scale = tl.full(channel.shape, 1.0, tl.float64)
+    offset = tl.full(channel.shape, 0.0, tl.float64)
     if SCALE is not None:
         scale = tl.load(SCALE + channel, mask=there, other=0.0).to(tl.float64)
     if OFFSET is not None:
         offset = tl.load(OFFSET + channel, mask=there, other=0.0).to(tl.float64)
-    return mean, rstd, scale, offset
+    return scale, offset
 
 
 @triton.jit

@@ -14,7 +14,8 @@ import triton
 from fusebn.triton._backward import backward_kernel, backward_sums_kernel
 from fusebn.triton._moments import moments_kernel
 from fusebn.triton._normalize import normalize_kernel
-from fusebn.triton._plan import WARPS, Plan, plan
+from fusebn.triton._plan import WARPS, Plan, Residency, plan, residency
+from fusebn.triton._resident import forward_kernel
 
 _STAT = {torch.float64: (torch.float64, tl.float64)}
 _FLOAT32 = torch.float32, tl.float32
@@ -63,9 +64,7 @@ def moments(
 ) -> Statistics:
     """Return the statistics of a batch, and fill in those that are wanted of it."""
     view, stat = _plan_of(x, block, joins=True), _stat(x)
-    statistics = Statistics(
-        x.new_empty((), dtype=torch.float64), x.new_empty((2, block.channels), dtype=torch.float64)
-    )
+    statistics = _statistics(x, block)
     none = Returned(None, None, None, None, 0.0, 1.0)  # type: ignore[arg-type]
     given = returned or none
     moments_kernel[(view.programs,)](
@@ -76,6 +75,35 @@ def moments(
         AHEAD=_ahead(x), num_warps=WARPS,
     )  # fmt: skip
     return statistics
+
+
+def forward_resident(
+    x: Tensor, y: Tensor, block: Block, held: Residency, of: Normalization, returned: Returned
+) -> Statistics:
+    """Do what moments and normalize do of a batch, in training and without weights, in one launch.
+
+    All programs run at the same time, or the driver refuses the launch.
+    """
+    statistics = _statistics(x, block)
+    lanes = held.words * 4 // x.element_size()
+    partials = x.new_empty(held.strips * held.members * 3 * lanes, dtype=torch.float32)
+    forward_kernel[(held.programs,)](
+        _words(x), _words(of.residual), _words(y),
+        partials, x.new_zeros(held.teams, dtype=torch.int32),
+        *statistics, returned.mean, returned.variance, returned.mean_out, returned.variance_out,
+        of.scale, of.offset, *_pair(returned.factor),
+        block.outer, block.channels * x.element_size() // 4, block.channels,
+        held.strips, held.teams, held.members,
+        ROWS=held.rows, WORDS=held.words, HELD=held.held, ELEMENT=_ELEMENTS[x.dtype],
+        EPSILON=of.epsilon, ACTIVATION=of.activation, CORRECTION=returned.correction,
+        MIXED=returned.factor != 1, num_warps=WARPS, launch_cooperative_grid=True,
+    )  # fmt: skip
+    return statistics
+
+
+def residency_of(x: Tensor, block: Block) -> Residency | None:
+    """Return how x is held by the device in one launch, or None if it is not to be."""
+    return residency(*block, x.element_size(), _processors(x.device))
 
 
 def normalize(
@@ -145,6 +173,23 @@ def backward(
 
 
 # ---- what the kernels are told ----
+
+_ELEMENTS = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+def _statistics(x: Tensor, block: Block) -> Statistics:
+    """Return room for the statistics of a batch."""
+    batch = x.new_empty((2, block.channels), dtype=torch.float64)
+    return Statistics(x.new_empty((), dtype=torch.float64), batch)
+
+
+def _words(x: Tensor | None) -> Tensor | None:
+    """Return the memory of a dense tensor as words of 4 bytes."""
+    return None if x is None else x.as_strided([x.numel()], [1]).view(torch.int32)
 
 
 def _stat(x: Tensor) -> tuple[torch.dtype, Any]:
