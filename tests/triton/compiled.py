@@ -11,16 +11,18 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import triton
 from fusebn.triton import _verbs
 from fusebn.triton._backward import backward_kernel, backward_sums_kernel
 from fusebn.triton._moments import moments_kernel
 from fusebn.triton._normalize import normalize_kernel
-from fusebn.triton._plan import WARPS, plan
+from fusebn.triton._plan import WARPS, plan, residency
+from fusebn.triton._resident_backward import gradient_kernel
+from fusebn.triton._resident_forward import forward_kernel
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 PROCESSORS = 132
@@ -68,6 +70,45 @@ def compiled(kernel, block, element, capability, residual=False):
     return triton.compile(source, target=target, options={"num_warps": WARPS})
 
 
+# What a kernel that holds the batch is called with, besides words.
+RESIDENT = {
+    forward_kernel: (1, {"X", "Y", "PARTIALS", "ARRIVED", "MEAN", "VARIANCE", "MEAN_OUT",
+                         "VARIANCE_OUT", *_PARAMETERS}),
+    gradient_kernel: (2, {"DY", "X", "DX", "PARTIALS", "ARRIVED", "DSCALE", "DOFFSET",
+                          *_PARAMETERS}),
+}  # fmt: skip
+
+
+def resident(kernel, element, capability):
+    """Compile for the most that is held."""
+    arrays, given = RESIDENT[kernel]
+    held = residency(32 * 132 * 32 // arrays, 64, 1, SIZES[element], PROCESSORS, arrays)
+    constants = {
+        "ROWS": held.rows, "WORDS": held.words, "HELD": held.held,
+        "ELEMENT": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[element],
+        "EPSILON": 1e-3, "ACTIVATION": "relu", "CORRECTION": 1.0, "MIXED": True,
+    }  # fmt: skip
+    signature, fixed, attributes = {}, {}, {}
+    for at, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or (name.isupper() and name not in given):
+            signature[name], fixed[name] = "constexpr", constants.get(name)
+            continue
+        if name in _TENSORS or name == "ARRIVED":
+            signature[name] = "*i32"
+        elif name == "PARTIALS":
+            signature[name] = "*fp32" if kernel is forward_kernel else "*fp64"
+        elif name.isupper():
+            signature[name] = "*" + _VECTORS.get(name, "fp32")
+        else:
+            signature[name] = "fp32" if name.startswith("factor") else "i32"
+        if name.isupper() or name == "words":
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, fixed, attributes)
+    options = {"num_warps": WARPS, "launch_cooperative_grid": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
 def described(binary):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -87,7 +128,8 @@ def described(binary):
         "local": local,
         "shared": binary.metadata.shared,
         "instructions": dict(instructions),
-        "acquires_and_releases": "acq_rel" in ptx,
+        "acquires": "acquire" in ptx or "acq_rel" in ptx,
+        "releases": "release" in ptx or "acq_rel" in ptx,
     }
 
 
@@ -104,6 +146,11 @@ def main(capability):
         found = described(compiled(kernel, block, element, capability, residual))
         name = kernel.__name__.removesuffix("_kernel")
         print(json.dumps({"kernel": name, "block": block, "element": element, **found}))
+    for kernel in RESIDENT:
+        for element in ("bf16", "fp32") if capability == 90 else ():
+            found = described(resident(kernel, element, capability))
+            name = f"resident_{kernel.__name__.removesuffix('_kernel')}"
+            print(json.dumps({"kernel": name, "element": element, **found}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: F401  # where a kernel is, the interpreter
 from triton.runtime import interpreter
 
 from fusebn.triton import _fused as fused
-from fusebn.triton import _resident
+from fusebn.triton import _resident_backward, _resident_forward
 from fusebn.triton import _verbs as verbs
 
 __all__ = ["fused", "verbs"]
@@ -55,7 +55,8 @@ def _itself(v):
     return v
 
 
-_resident.opaque = _itself  # assembler, which is not interpreted
+for module in (_resident_forward, _resident_backward):
+    module.opaque = _itself  # assembler, which is not interpreted
 
 
 class Together:
@@ -107,4 +108,5 @@ class Together:
         launch._restore_args_dev(arguments, on_host, options, options_on_host)
 
 
-verbs.forward_kernel = Together(_resident.forward_kernel)
+verbs.forward_kernel = Together(_resident_forward.forward_kernel)
+verbs.gradient_kernel = Together(_resident_backward.gradient_kernel)

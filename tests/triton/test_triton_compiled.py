@@ -23,16 +23,20 @@ def test_kernels_fit_and_load_16_bytes_at_once(capability):
     assert len(found) >= 4
     for kernel in found:
         told = f"{kernel}"
-        # What does not fit into registers goes through memory, which is all there is to spend.
-        assert kernel["stack"] == 0, told
+        resident = kernel["kernel"].startswith("resident")
+        # What does not fit into registers goes through memory, which is all there is to spend. A
+        # kernel that holds the batch may put a few scalars aside.
+        assert kernel["stack"] <= (160 if resident else 0), told
         assert kernel["local"] == 0, told
         assert kernel["registers"] <= 255, told
         instructions = kernel["instructions"]
         wide = sum(n for name, n in instructions.items() if "LDG" in name and "128" in name)
-        assert wide >= (6 if "fp16" in told else 8), told
+        assert wide >= (32 if resident else 6 if kernel["element"] == "fp16" else 8), told
         assert not any("U16" in name for name in instructions), told
-        if kernel["kernel"] in ("normalize", "backward"):
+        if resident or kernel["kernel"] in ("normalize", "backward"):
             assert any("STG" in name and "128" in name for name in instructions), told
-        else:  # the last to finish sees what the others stored
-            assert kernel["acquires_and_releases"], told
+        if resident or kernel["kernel"] in ("moments", "backward_sums"):
+            # One program sees what others have stored.
+            assert kernel["acquires"], told
+            assert kernel["releases"], told
             assert any(name.startswith("ATOM") for name in instructions), told

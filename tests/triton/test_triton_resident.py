@@ -1,4 +1,4 @@
-"""forward in one launch, interpreted with all programs at once, against the oracle."""
+"""forward and gradient in a launch each, interpreted with all programs at once."""
 
 import math
 
@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interpreted import fused, verbs
+from test_triton_verbs import Call, array, tensor
 
 import cases
 from cases import FLOAT32
-from conftest import assert_forward, assert_moments, parameters
+from conftest import assert_forward, assert_gradients, assert_moments, away_from_kinks, parameters
+from fusebn import _reference as reference
 from fusebn.triton._plan import residency
-from interpreted import fused, verbs
-from test_triton_verbs import Call, array, tensor
 
 BLOCKS = [(1, 64, 1), (33, 64, 1), (150, 64, 1), (300, 128, 1), (40, 192, 1)]
 
@@ -21,7 +22,7 @@ BLOCKS = [(1, 64, 1), (33, 64, 1), (150, 64, 1), (300, 128, 1), (40, 192, 1)]
 def resident(x, *given, **options):
     """Return y and the returned statistics, and how the block was held."""
     call = Call(x, *given, **options)
-    held = verbs.residency_of(call.x, call.block)
+    held = verbs.residency_of(call.x, call.block, 1)
     assert held is not None
     return call.forward(), held, call
 
@@ -77,6 +78,69 @@ def test_again_and_again_with_the_same_bits(rng):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("block", BLOCKS[1:], ids=str)
+@pytest.mark.parametrize("options", [{}, {"activation": "silu"}, {"activation": "relu"}], ids=str)
+def test_gradients(block, options, monkeypatch, rng):
+    check_gradients(cases.make("standard_normal", block, FLOAT32), rng, monkeypatch, **options)
+
+
+@pytest.mark.parametrize("dtype", [cases.FLOAT16, cases.BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradients_with_a_residual(dtype, activation, monkeypatch, rng):
+    x = cases.make("standard_normal", (90, 128, 1), dtype)
+    residual = rng.standard_normal(x.shape).astype(dtype)
+    check_gradients(x, rng, monkeypatch, activation=activation, residual=residual)
+
+
+def check_gradients(x, rng, monkeypatch, **options):
+    launches = []
+    launch = verbs.gradient_resident
+    monkeypatch.setattr(
+        verbs, "gradient_resident", lambda *given: (launches.append(1), launch(*given))
+    )
+    scale, offset = parameters(rng, x.shape[1], x.dtype)
+    call = Call(x, scale, offset, **options)
+    call.forward()
+    batch = reference.moments(x, (0, 2))
+    mean, variance = batch.mean.ravel(), batch.variance().ravel()
+    dy = rng.standard_normal(x.shape).astype(x.dtype)
+    if options.get("activation") == "relu":
+        residual = options.get("residual")
+        dy = away_from_kinks(dy, x, scale, offset, mean, variance, axis=1, residual=residual)
+    found = call.gradient(dy)
+    assert_gradients(found, dy, x, scale, offset, mean, variance, axis=1, **options)
+    assert launches == [1]
+
+
+def test_gradients_of_a_batch_that_outlives_its_room(rng):
+    """A residual under an activation whose gradient 16 bits would round: two launches."""
+    x = cases.make("standard_normal", (90, 128, 1), cases.BFLOAT16)
+    scale, offset = parameters(rng, 128, x.dtype)
+    residual = rng.standard_normal(x.shape).astype(x.dtype)
+    call = Call(x, scale, offset, activation="silu", residual=residual)
+    call.forward()
+    dy = rng.standard_normal(x.shape).astype(x.dtype)
+    batch = reference.moments(x, (0, 2))
+    assert_gradients(
+        call.gradient(dy), dy, x, scale, offset, batch.mean.ravel(), batch.variance().ravel(),
+        axis=1, activation="silu", residual=residual,
+    )  # fmt: skip
+
+
+def test_gradients_through_the_returned_statistics(rng):
+    x = cases.make("standard_normal", (150, 64, 1), FLOAT32)
+    scale, offset = parameters(rng, 64, FLOAT32)
+    call = Call(x, scale, offset, correction=0.0)
+    call.forward()
+    dy = rng.standard_normal(x.shape).astype("float32")
+    dmean, dvariance = rng.standard_normal((2, 64)).astype("float32")
+    batch = reference.moments(x, (0, 2))
+    assert_gradients(
+        call.gradient(dy, dmean, dvariance), dy, x, scale, offset, batch.mean.ravel(),
+        batch.variance().ravel(), axis=1, dmean=dmean, dvariance=dvariance,
+    )  # fmt: skip
+
+
 def test_two_launches_on_request(monkeypatch, rng):
     x = cases.make("standard_normal", (150, 64, 1), FLOAT32)
     given = parameters(rng, 64, FLOAT32)
@@ -122,25 +186,27 @@ def test_x_is_read_once_and_y_written_once(monkeypatch, rng):
     lines=st.integers(1, 64),
     itemsize=st.sampled_from([2, 4]),
     processors=st.sampled_from([4, 78, 132]),
+    arrays=st.sampled_from([1, 2]),
 )
-def test_a_block_is_held_whole_or_not_at_all(outer, lines, itemsize, processors):
-    held = residency(outer, lines * 128 // itemsize, 1, itemsize, processors)
+def test_a_block_is_held_whole_or_not_at_all(outer, lines, itemsize, processors, arrays):
+    held = residency(outer, lines * 128 // itemsize, 1, itemsize, processors, arrays)
     tiles = -(-outer // 32)
     if held is None:
-        assert tiles > 32 * processors
+        assert tiles > 32 // arrays * processors
         return
     assert held.strips == lines
     assert held.programs <= processors
     assert held.members * held.held >= tiles
+    assert held.held * arrays <= 32
     assert (held.members - 1) * held.held < tiles  # nobody has nothing
     assert 1 <= held.teams <= held.strips
 
 
 @pytest.mark.parametrize("block", [(0, 64, 1), (100, 65, 1), (100, 64, 2), (10**7, 64, 1)], ids=str)
 def test_what_is_not_held(block):
-    assert residency(*block, 4, 132) is None
+    assert residency(*block, 4, 132, 1) is None
 
 
 def test_tensors_of_float64_are_not_held():
-    assert residency(100, 64, 1, 8, 132) is None
+    assert residency(100, 64, 1, 8, 132, 1) is None
     assert tensor(np.zeros(1)).dtype is torch.float64

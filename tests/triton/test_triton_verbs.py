@@ -30,8 +30,12 @@ FEW = [(400, 64, 1), (90, 3, 1), (24, 7, 49), (3, 3, 1100)]
 
 
 @pytest.fixture(autouse=True)
-def tiles_one_by_one(request, monkeypatch):
-    """Interpreted, a tile that is loaded early and lies beside the data costs as any other."""
+def verb_by_verb(request, monkeypatch):
+    """Leave out the kernels of test_triton_resident.py.
+
+    Interpreted, a tile that is loaded early and lies beside the data costs as any other.
+    """
+    monkeypatch.setenv("FUSEBN_GPU_PERSISTENT", "0")
     if "ahead" not in request.node.name:
         monkeypatch.setattr(verbs, "_ahead", lambda *read: 1)
 

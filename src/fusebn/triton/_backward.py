@@ -13,9 +13,9 @@ NaN. What is written to G in the first pass is read for g in the second, which t
 the residual nor the activation.
 """
 
+import triton
 import triton.language as tl
 
-import triton
 from fusebn.triton._tiles import (
     channel_of,
     constants,
@@ -86,29 +86,31 @@ def backward_sums_kernel(
         tl.debug_barrier()
         channel = tl.arange(0, JOINED)
         there = channel < channels
-        sum_g, sum_g_x = _join(room, FOLD, channels, lanes, channel, there, JOINED)
+        sum_g, sum_g_x = join_sums(room, FOLD, channels, lanes, channel, there, JOINED)
     if parts > 1:
         here = tl.arange(0, kept)
         of_group = PARTIALS + group * parts * 2 * kept
         tl.store(of_group + part * 2 * kept + here, sum_g)
         tl.store(of_group + part * 2 * kept + kept + here, sum_g_x)
         if is_last(FINISHED, group, parts):
-            sum_g, sum_g_x = _join(of_group, parts, 2 * kept, kept, here, here >= 0, kept)
-            _finish(
+            sum_g, sum_g_x = join_sums(of_group, parts, 2 * kept, kept, here, here >= 0, kept)
+            finish_sums(
                 sum_g, sum_g_x, channel, there, channels, COUNT, BATCH, SCALE, OFFSET,
                 SUMS, DSCALE, DOFFSET, STAT, EPSILON, TRAINING,
             )  # fmt: skip
     else:
-        _finish(
+        finish_sums(
             sum_g, sum_g_x, channel, there, channels, COUNT, BATCH, SCALE, OFFSET,
             SUMS, DSCALE, DOFFSET, STAT, EPSILON, TRAINING,
         )  # fmt: skip
 
 
 @triton.jit
-def _join(ROOM, rows, step, between, lane, there, LANES: tl.constexpr):
+def join_sums(
+    ROOM, rows, step, between, lane, there, LANES: tl.constexpr, AT_ONCE: tl.constexpr = 64
+):  # fmt: skip
     """Add up rows of both sums: rows `step` apart, the two of them `between` apart."""
-    at_once: tl.constexpr = max(1, min(64, 4096 // LANES))
+    at_once: tl.constexpr = max(1, min(AT_ONCE, 4096 // LANES))
     sum_g = tl.zeros([LANES], tl.float64)
     sum_g_x = sum_g
     for first in range(0, rows, at_once):
@@ -121,18 +123,19 @@ def _join(ROOM, rows, step, between, lane, there, LANES: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish_sums(
     sum_g, sum_g_x, channel, there, channels, COUNT, BATCH, SCALE, OFFSET,
     SUMS, DSCALE, DOFFSET,
     STAT: tl.constexpr, EPSILON: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of some channels, x taken from the mean itself, and what they are to vectors."""
+    """Store the sums of some channels, x taken from the mean itself, dscale and doffset."""
     mean, rstd, _scale, _offset = constants(
         BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT, EPSILON, TRAINING
     )
     sum_g_x -= (mean - mean.to(STAT).to(tl.float64)) * sum_g
-    tl.store(SUMS + channel, sum_g, mask=there)
-    tl.store(SUMS + channels + channel, sum_g_x, mask=there)
+    if SUMS is not None:
+        tl.store(SUMS + channel, sum_g, mask=there)
+        tl.store(SUMS + channels + channel, sum_g_x, mask=there)
     if DSCALE is not None:
         tl.store(DSCALE + channel, rstd * sum_g_x, mask=there)
     if DOFFSET is not None:
@@ -157,22 +160,11 @@ def backward_kernel(
     m, a, b = rounded(mean, rstd, scale, offset, STAT)
     if TRAINING:
         count = tl.load(COUNT)
-        n = tl.where(count > 0, count, 1.0)
-        slope = scale * rstd
-        p = -slope * tl.load(SUMS + channel, mask=there, other=0.0)
-        q = -slope * rstd * rstd * tl.load(SUMS + channels + channel, mask=there, other=0.0)
-        factor = tl.zeros([1], tl.float64) + factor_high + factor_low
-        if DMEAN is not None:
-            p += factor * tl.load(DMEAN + channel, mask=there, other=0.0)
-        if DVARIANCE is not None:
-            unbiased = tl.where(count > CORRECTION, count / (n - CORRECTION), 1.0)
-            dvariance = tl.load(DVARIANCE + channel, mask=there, other=0.0)
-            q += 2 * factor * unbiased * dvariance
-        # A batch of count 0 has no statistics that anything could flow through.
-        p = tl.where(count > 0, p / n, 0.0)
-        q = tl.where(count > 0, q / n, 0.0)
-        p -= q * (mean - mean.to(STAT).to(tl.float64))
-        p, q = p.to(STAT)[None, :], q.to(STAT)[None, :]
+        p, q = through_statistics(
+            count, mean, rstd, scale, tl.load(SUMS + channel, mask=there, other=0.0),
+            tl.load(SUMS + channels + channel, mask=there, other=0.0),
+            DMEAN, DVARIANCE, channel, there, factor_high, factor_low, CORRECTION, STAT,
+        )  # fmt: skip
     for turn in range(0, turns, AHEAD):
         xs, dys, residuals = (), (), ()
         for k in tl.static_range(AHEAD):
@@ -209,3 +201,24 @@ def backward_kernel(
             tl.store(DX + here, dx, mask=data, eviction_policy="evict_first")
             if DRESIDUAL is not None:
                 tl.store(DRESIDUAL + here, g.to(DRESIDUAL.dtype.element_ty), mask=data)
+
+
+@triton.jit
+def through_statistics(
+    count, mean, rstd, scale, sum_g, sum_g_x, DMEAN, DVARIANCE, channel, there,
+    factor_high, factor_low, CORRECTION: tl.constexpr, STAT: tl.constexpr,
+):  # fmt: skip
+    """Return p and q of each channel, [1, channels], for x taken from the rounded mean."""
+    n = tl.where(count > 0, count, 1.0)
+    slope = scale * rstd
+    p, q = -slope * sum_g, -slope * rstd * rstd * sum_g_x
+    factor = tl.zeros([1], tl.float64) + factor_high + factor_low
+    if DMEAN is not None:
+        p += factor * tl.load(DMEAN + channel, mask=there, other=0.0)
+    if DVARIANCE is not None:
+        unbiased = tl.where(count > CORRECTION, count / (n - CORRECTION), 1.0)
+        q += 2 * factor * unbiased * tl.load(DVARIANCE + channel, mask=there, other=0.0)
+    # A batch of count 0 has no statistics that anything could flow through.
+    p, q = tl.where(count > 0, p / n, 0.0), tl.where(count > 0, q / n, 0.0)
+    p -= q * (mean - mean.to(STAT).to(tl.float64))
+    return p.to(STAT)[None, :], q.to(STAT)[None, :]

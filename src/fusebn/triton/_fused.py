@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusebn.triton import _verbs
+from fusebn.triton._plan import Residency
 from fusebn.triton._verbs import Block, Flowing, Normalization, Returned, Statistics
 
 
@@ -22,8 +23,8 @@ def forward(
     Without training these are the given ones, the count is 0, and what is returned is a copy of
     them. Two launches in training, or one where the batch can be held; and one without.
     """
-    held = _verbs.residency_of(x, block) if of.training and of.weights is None else None
-    if held is not None and os.environ.get("FUSEBN_GPU_PERSISTENT", "1") != "0":
+    held = _residency(x, block, of, 1)
+    if held is not None:
         return _verbs.forward_resident(x, y, block, held, of, returned)
     if of.training:
         statistics = _verbs.moments(x, block, of.weights, returned)
@@ -54,6 +55,18 @@ def gradient(
     into_given = not of.training and dgiven is not None
     sums = None
     g = None
+    if of.activation == "identity":  # what was added has no part in any gradient but its own
+        if dresidual is not None:
+            dresidual.copy_(dy)
+        of, dresidual = of._replace(residual=None), None
+    alone = of.residual is None or _is_exact(x, of.activation)
+    held = _residency(x, block, of, 2) if alone else None
+    if held is not None:
+        if dgiven is not None:
+            _fill_given(dgiven, statistics, of, flowing, None)
+        vectors = dresidual, dscale, doffset
+        _verbs.gradient_resident(dy, x, block, held, statistics, of, flowing, dx, *vectors)
+        return
     if of.training or into_given or dscale is not None or doffset is not None:
         g = dresidual if _is_exact(x, of.activation) else None
         vectors = dscale, doffset, g
@@ -66,6 +79,15 @@ def gradient(
     if sums is None:
         sums = statistics.batch  # not read without training
     _verbs.backward(dy, x, block, statistics, of, sums, flowing, dx, dresidual)
+
+
+def _residency(x: Tensor, block: Block, of: Normalization, arrays: int) -> Residency | None:
+    """Return how one launch can hold so many arrays, if it is to do the whole work."""
+    if not of.training or of.weights is not None:
+        return None
+    if os.environ.get("FUSEBN_GPU_PERSISTENT", "1") == "0":
+        return None
+    return _verbs.residency_of(x, block, arrays)
 
 
 def _is_exact(x: Tensor, activation: str) -> bool:

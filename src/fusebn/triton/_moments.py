@@ -14,9 +14,9 @@ reads the others' after it has seen the full count (acquire). The counter is 0 a
 one is done. Where one program has the whole group there are no partial results at all.
 """
 
+import triton
 import triton.language as tl
 
-import triton
 from fusebn.triton._tiles import channel_of, is_last, over_rows, positions, tile_at
 
 
@@ -39,7 +39,7 @@ def moments_kernel(
                 (turn + k) * parts + part, group,
                 rows, tail, width, stride, chunks, tiles, FOLD, ROWS, WIDTH,
             )  # fmt: skip
-            xs = xs + (tl.load(X + base + offsets, mask=data, other=0.0),)  # noqa: RUF005
+            xs = xs + (tl.load(X + base + offsets, mask=data, other=0.0),)
         for k in tl.static_range(AHEAD):
             base, offsets, data, row, column = tile_at(
                 (turn + k) * parts + part, group,

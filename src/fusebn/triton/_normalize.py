@@ -6,9 +6,9 @@ order to that of moments, so that what is still in the cache is read first; what
 last time, and what is written, leaves it first.
 """
 
+import triton
 import triton.language as tl
 
-import triton
 from fusebn.triton._tiles import activated, channel_of, constants, rounded, tile_at
 
 

@@ -162,9 +162,9 @@ _HELD = (2, 4, 8, 12, 16, 20, 24, 28, 32)
 
 
 def residency(
-    outer: int, channels: int, inner: int, itemsize: int, processors: int
+    outer: int, channels: int, inner: int, itemsize: int, processors: int, arrays: int
 ) -> Residency | None:
-    """Return how a block is held, or None if it is not to be.
+    """Return how so many arrays like a block are held, or None if they are not to be.
 
     That is where a strip does not fit, where rows are no whole lines, and for channels first.
     """
@@ -174,7 +174,8 @@ def residency(
     rows = TILE_BYTES // _LINE
     tiles = -(-outer // rows)
     # As many programs to a team as leave none idle, and as few as hold the strip.
-    members = max(-(-tiles // _HELD[-1]), min(tiles, processors // strips))
+    most = _HELD[-1] // arrays
+    members = max(-(-tiles // most), min(tiles, processors // strips))
     if members > processors:
         return None
     held = next(held for held in _HELD if held * members >= tiles)

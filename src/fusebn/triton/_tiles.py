@@ -9,9 +9,8 @@ and a program is number ``part * groups + group`` of the grid: neighbours share 
 tiles before it looks at the first: only so many bytes on their way keep the memory busy.
 """
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 _ROOT_HALF = tl.constexpr(0.7071067811865476)
 _DENSITY = tl.constexpr(0.3989422804014327)  # of the normal distribution at 0: 1 / sqrt(2 pi)

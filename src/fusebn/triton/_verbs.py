@@ -7,15 +7,16 @@ A caller has checked the arguments, and hands over tensors that lie as the plan 
 from typing import Any, NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
 from fusebn.triton._backward import backward_kernel, backward_sums_kernel
 from fusebn.triton._moments import moments_kernel
 from fusebn.triton._normalize import normalize_kernel
 from fusebn.triton._plan import WARPS, Plan, Residency, plan, residency
-from fusebn.triton._resident import forward_kernel
+from fusebn.triton._resident_backward import gradient_kernel
+from fusebn.triton._resident_forward import forward_kernel
 
 _STAT = {torch.float64: (torch.float64, tl.float64)}
 _FLOAT32 = torch.float32, tl.float32
@@ -59,6 +60,15 @@ class Returned(NamedTuple):
     factor: float
 
 
+class Flowing(NamedTuple):
+    """What flows into the statistics that `moments` returned; the last two are what it was told."""
+
+    dmean: Tensor | None
+    dvariance: Tensor | None
+    correction: float
+    factor: float
+
+
 def moments(
     x: Tensor, block: Block, weights: Tensor | None, returned: Returned | None = None
 ) -> Statistics:
@@ -92,8 +102,7 @@ def forward_resident(
         partials, x.new_zeros(held.teams, dtype=torch.int32),
         *statistics, returned.mean, returned.variance, returned.mean_out, returned.variance_out,
         of.scale, of.offset, *_pair(returned.factor),
-        block.outer, block.channels * x.element_size() // 4, block.channels,
-        held.strips, held.teams, held.members,
+        *_held(x, block, held),
         ROWS=held.rows, WORDS=held.words, HELD=held.held, ELEMENT=_ELEMENTS[x.dtype],
         EPSILON=of.epsilon, ACTIVATION=of.activation, CORRECTION=returned.correction,
         MIXED=returned.factor != 1, num_warps=WARPS, launch_cooperative_grid=True,
@@ -101,9 +110,41 @@ def forward_resident(
     return statistics
 
 
-def residency_of(x: Tensor, block: Block) -> Residency | None:
-    """Return how x is held by the device in one launch, or None if it is not to be."""
-    return residency(*block, x.element_size(), _processors(x.device))
+def gradient_resident(
+    dy: Tensor,
+    x: Tensor,
+    block: Block,
+    held: Residency,
+    statistics: Statistics,
+    of: Normalization,
+    flowing: Flowing,
+    dx: Tensor,
+    dresidual: Tensor | None,
+    dscale: Tensor | None,
+    doffset: Tensor | None,
+) -> None:
+    """Do what backward_sums and backward do, in training and without weights, in one launch."""
+    lanes = held.words * 4 // x.element_size()
+    partials = x.new_empty(held.strips * held.members * 2 * lanes, dtype=torch.float64)
+    gradient_kernel[(held.programs,)](
+        _words(dy), _words(x), _words(of.residual), _words(dx), _words(dresidual),
+        partials, x.new_zeros(held.teams, dtype=torch.int32),
+        *statistics, of.scale, of.offset, dscale, doffset, flowing.dmean, flowing.dvariance,
+        *_pair(flowing.factor), *_held(x, block, held),
+        ROWS=held.rows, WORDS=held.words, HELD=held.held, ELEMENT=_ELEMENTS[x.dtype],
+        EPSILON=of.epsilon, ACTIVATION=of.activation, CORRECTION=flowing.correction,
+        num_warps=WARPS, launch_cooperative_grid=True,
+    )  # fmt: skip
+
+
+def residency_of(x: Tensor, block: Block, arrays: int) -> Residency | None:
+    """Return how so many arrays like x are held by the device, or None if they are not to be."""
+    return residency(*block, x.element_size(), _processors(x.device), arrays)
+
+
+def _held(x: Tensor, block: Block, held: Residency) -> tuple[int, ...]:
+    words = block.channels * x.element_size() // 4
+    return block.outer, words, block.channels, held.strips, held.teams, held.members
 
 
 def normalize(
@@ -139,15 +180,6 @@ def backward_sums(
         num_warps=WARPS,
     )  # fmt: skip
     return sums
-
-
-class Flowing(NamedTuple):
-    """What flows into the statistics that `moments` returned; the last two are what it was told."""
-
-    dmean: Tensor | None
-    dvariance: Tensor | None
-    correction: float
-    factor: float
 
 
 def backward(

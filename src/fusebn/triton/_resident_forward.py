@@ -1,96 +1,26 @@
-"""forward in one launch, of one read and one write: the batch stays in registers meanwhile.
+"""forward in one launch, of one read and one write: see `_held.py`.
 
-Batch norm is independent per channel, so it can be done strip by strip: 128 bytes of every row. A
-strip of all rows often fits into the registers of the device, though the tensor does not. A team of
-programs loads it, takes its moments, waits for each other, and normalizes what it holds; then comes
-the next strip. Apex does so for float16 (`nhwc_batch_norm_kernel.h`), with 64 channels as here.
-
-Method. Values of 16 bits are held as they come, two in a register; unpacked they would not fit. The
-compiler must not see that they are the same after the barrier as before, or it would keep them
-unpacked: `opaque`. The moments are those of `_moments.py`, but that a place has seen as many values
-as any other, so that the factor of Welford's update is known when the kernel is compiled.
-
-Safety. The barrier is a counter of the team. Everybody adds 1 (release), but one adds what brings
-the sum of all to 2^31, so that the top bit flips exactly when the last has come; everybody waits
-for that (acquire). It needs no reset. Waiting is safe because all programs run at the same time: the
-launch is cooperative, and the driver refuses it if they do not fit. Partial results of a strip
-have a place of their own, so nobody writes what others may still read.
+The moments are those of `_moments.py`, but that a place has seen as many values as any other, so
+that the factor of Welford's update is known when the kernel is compiled.
 """
 
 import triton
 import triton.language as tl
 
+from fusebn.triton._held import (
+    first_half,
+    halves,
+    load_strip,
+    opaque,
+    packed,
+    second_half,
+    wait_for_all,
+)
 from fusebn.triton._moments import finish
 from fusebn.triton._tiles import activated, parameters, rounded, rstd_of
 
 # Of the partial results that are joined: more would need registers that hold the batch.
 _AT_ONCE = tl.constexpr(8)
-
-
-@triton.jit
-def opaque(v):
-    """Return v, of which the compiler does not know that it is v."""
-    return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def wait_for_all(ARRIVED, member, members):
-    """Wait until every program of the team has come here; what they stored before can be read."""
-    tl.debug_barrier()
-    step = tl.where(member == 0, -2147483648 - (members - 1), 1)
-    before = tl.atomic_add(ARRIVED, step, sem="release", scope="gpu")
-    flipped = before != before
-    while not flipped:
-        now = tl.atomic_add(ARRIVED, 0, sem="acquire", scope="gpu")
-        flipped = (before ^ now) < 0
-    tl.debug_barrier()
-
-
-@triton.jit
-def first_half(v, ELEMENT: tl.constexpr):
-    """Return the value in the low half of each word, or that is the word, as float32."""
-    if ELEMENT == tl.float32:
-        return v.to(tl.float32, bitcast=True)
-    elif ELEMENT == tl.bfloat16:
-        return (v << 16).to(tl.float32, bitcast=True)
-    else:
-        return v.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def second_half(v, ELEMENT: tl.constexpr):
-    """Return the value in the high half of each word, as float32."""
-    if ELEMENT == tl.bfloat16:
-        return (v & -65536).to(tl.float32, bitcast=True)
-    else:
-        return (v >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def packed(low, high, ELEMENT: tl.constexpr):
-    """Return two values in a word."""
-    low = low.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) & 65535
-    return low | (high.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _load(
-    X, strip, member, rows, words,
-    ROWS: tl.constexpr, WORDS: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """Return the tiles that a program holds of a strip."""
-    row = tl.arange(0, ROWS)
-    base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
-    offsets = row.to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
-    held = ()
-    for k in tl.static_range(HELD):
-        there = (member * HELD + k) * ROWS + row < rows
-        at = X + base + k * ROWS * words.to(tl.int64) + offsets
-        tile = tl.load(at, mask=there[:, None], other=0, eviction_policy="evict_first")
-        held = held + (tile,)  # noqa: RUF005
-    return held
 
 
 @triton.jit
@@ -157,7 +87,7 @@ def forward_kernel(
     left = rows - member * (HELD * ROWS) - row
     counts = tl.minimum(tl.maximum((left + ROWS - 1) // ROWS, 0), HELD).to(tl.float32)[:, None]
     for strip in range(team, strips, teams):
-        held = _load(X, strip, member, rows, words, ROWS, WORDS, HELD)
+        held = load_strip(X, strip, member, rows, words, ROWS, WORDS, HELD)
         first = first_half(held[0], ELEMENT)
         mean = tl.zeros([ROWS, WORDS], tl.float32)
         m2 = mean
@@ -192,9 +122,9 @@ def forward_kernel(
         scale, offset = parameters(SCALE, OFFSET, channel, channel < channels)
         m, a, b = rounded(mean, rstd_of(variance, EPSILON), scale, offset, tl.float32)
         if ELEMENT != tl.float32:
-            m, high_m = _halves(m, WORDS)
-            a, high_a = _halves(a, WORDS)
-            b, high_b = _halves(b, WORDS)
+            m, high_m = halves(m, WORDS)
+            a, high_a = halves(a, WORDS)
+            b, high_b = halves(b, WORDS)
         base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
         offsets = row.to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
         for k in tl.static_range(HELD):
@@ -224,10 +154,3 @@ def _welford(mean, m2, value, data, K: tl.constexpr):
     mean += distance * (1.0 / (K + 1))
     m2 += distance * tl.where(data, value - mean, 0.0)
     return mean, m2
-
-
-@triton.jit
-def _halves(vector, WORDS: tl.constexpr):
-    """Return the even and the odd channels of [1, channels]."""
-    low, high = tl.split(tl.reshape(vector, [WORDS, 2]))
-    return low[None, :], high[None, :]
