@@ -1,6 +1,7 @@
 """`fold`: a model for inference, its batch norms taken over by the layers beside them."""
 
 import copy
+from collections.abc import Callable
 from types import EllipsisType
 from typing import Any, TypeVar
 
@@ -184,7 +185,7 @@ def _variables(norm: Any) -> Any:
 
 # ---- what is left of a batch norm ----
 
-ACTIVATION_MODULES = {
+ACTIVATION_MODULES: dict[str | None, Callable[[], nn.Module]] = {
     None: nn.Identity,
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
