@@ -77,7 +77,7 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         self.correction = _spec.non_negative(name, "correction", correction)
         self.nonfinite = _spec.one_of(name, "nonfinite", nonfinite, NONFINITE)
         self.axis = _spec.integer(name, "axis", axis)
-        self._set_transforms(transforms)
+        self.transforms = transforms
         self.transforms_active = condition(name, "transforms_active", transforms_active)
         self.transform_batch_statistics = _spec.flag(
             name, "transform_batch_statistics", transform_batch_statistics
@@ -131,18 +131,19 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         """
         return self._modules.get("transforms")  # type: ignore[return-value]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; transforms become a child, or none if there is none."""
-        if name == "transforms":
-            self._set_transforms(value)
-        else:
-            super().__setattr__(name, value)
-
-    def _set_transforms(self, transforms: Any) -> None:
+    @transforms.setter
+    def transforms(self, transforms: Mapping[str, Callable[..., Tensor]] | None) -> None:
         functions = checked(type(self).__name__, transforms)
         self._modules.pop("transforms", None)
         if functions:
-            super().__setattr__("transforms", Transforms(functions))
+            self._modules["transforms"] = Transforms(functions)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; of a child PyTorch would want that it is a module."""
+        if name == "transforms":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _through(self, active: bool | Tensor | None, beside: Tensor | None) -> Through | None:
         """Return what stands between the variables and what normalizes, if anything does."""
