@@ -573,6 +573,8 @@ def test_both_modes_must_agree():
             qat.explain(model.train(training))[0].reason
             == "the output of 'conv' goes elsewhere too"
         )
+    with pytest.raises(ValueError, match="bn: the output of 'conv' goes elsewhere too"):
+        qat.prepare(model)
     assert fbt.explain_fold(model)[0].layer == "conv"
 
 

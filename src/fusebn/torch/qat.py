@@ -445,9 +445,10 @@ class ConvBatchNorm2d(_ConvBatchNorm, nn.Conv2d):
         How many forwards in training go by before the statistics freeze. None: they never do.
     statistics : "float" or "quantized"
         What mean and variance are of: the convolution with the weight as it is, as in the papers,
-        which takes a second convolution; or with the quantized one, unfolded again. This costs
-        what training without quantization does, and running statistics are then those of what
-        inference computes.
+        which takes a second convolution; or with the quantized one, unfolded again, which takes
+        but a few passes over the weight. Running statistics are then those of what inference
+        computes; but a channel that is rounded to 0 as a whole, which few bits do without limits
+        of its own, has a variance of 0.
 
     Attributes
     ----------
