@@ -177,6 +177,7 @@ ADAPTER_ARROWS = {
         "_explain": {"_folding", "_planning", "_report", "modules"},
         "_fuse": {"_planning"},
         "_fold": {
+            "_calls",
             "_folding",
             "_fuse",
             "_neighbours",
