@@ -107,8 +107,8 @@ def test_channels_first() -> None:
     assert_same(fold(model), model, (4, 7, 6))
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("fused", chosen([False, True], True))
+@pytest.mark.parametrize("name", chosen(NETWORKS, "sequential"))
 def test_networks(name: str, fused: bool) -> None:
     model = randomized(NETWORKS[name]())
     names = {layer.name for layer in model.layers}
