@@ -102,7 +102,8 @@ class Through(NamedTuple):
         """Show running statistics that do not normalize to the transforms with a state."""
         unused = self._replace(active=False)
         for name, vector in (("moving_mean", mean), ("moving_variance", variance)):
-            if isinstance(self.transforms.get(name), Transform):
+            transform = self.transforms.get(name)
+            if isinstance(transform, Transform) and getattr(transform, "has_state", True):
                 unused(name, vector)
 
     def of_batch(self, mean: Tensor, variance: Tensor, stat: torch.dtype) -> tuple[Tensor, Tensor]:
