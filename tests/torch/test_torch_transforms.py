@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -266,6 +267,16 @@ def test_gradients_that_are_asked_for_one_by_one() -> None:
         mine = (*own, module.weight, module.bias)[wanted]
         assert mine.grad.equal(together[wanted])
         module.requires_grad_(True)
+
+
+def test_a_gradient_that_nobody_fetches_keeps_nothing_alive() -> None:
+    module = layer(transforms=SMOOTH, transform_batch_statistics=True, activation="relu")
+    x = random(4, 3, 2, 5).requires_grad_()
+    y = module(x)
+    torch.autograd.grad(y, module.weight, torch.ones_like(y))  # and not x
+    alive = weakref.ref(x)
+    del x, y
+    assert alive() is None
 
 
 def test_in_functional_transforms() -> None:
