@@ -261,9 +261,8 @@ class _Normalize(torch.autograd.Function):
             )
             return *found[:6], None
         # Detached: what is handed over must not keep alive the graph that it hangs on.
-        x, scale, offset, mean, variance, residual = (
-            None if tensor is None else tensor.detach() for tensor in tensors
-        )
+        own: list[Any] = [None if tensor is None else tensor.detach() for tensor in tensors]
+        x, scale, offset, mean, variance, residual = own
         rstd = rstd_of(variance, options.epsilon)
         dx = _kernels.empty_like(x)
         normalization = Normalization(dx, x, mean, rstd, scale, offset, residual, options)
