@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "moving, symmetric, delayed": {
         "limits": "moving", "decay": 0.75, "symmetric": True, "delay": 1,
     },
+    "moving, of 9 parts in 10": {"limits": "moving", "decay": 0.9, "axis": 1},
     "fixed": {"limits": (-0.3, 0.7)},
     "fixed, delayed": {"limits": (0.1, 3.0), "symmetric": True, "delay": 2},
 }  # fmt: skip
@@ -68,7 +69,7 @@ def test_the_bits_of_numpy(values: Any, name: str, how: str) -> None:
         options = {"bits": width, **SETTINGS[name]}
         expected, quantize = Expected(**options), FakeQuantize(**options)
         call = compiled(quantize, x, COMPILED[how])
-        for scale, training in ((1, True), (2, True), (1, False)):
+        for scale, training in ((1, True), (1.7, True), (1, False)):
             given = x * np.array(scale, dtype)
             with np.errstate(all="ignore"):
                 want = expected(given, training=training)
