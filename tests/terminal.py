@@ -60,6 +60,41 @@ def share(text: str, pattern: str) -> float:
     return float(found[1])
 
 
+class Tuned(NamedTuple):
+    """What the demo says of so many bits: accuracies in percent, and the network folded."""
+
+    in_float: float
+    quantized: float
+    fine_tuned: float
+    same: str
+    difference: float
+
+
+def last_act(demo: Demo) -> dict[int, Tuned]:
+    """Return what the demo says of each number of bits."""
+    rows = printed_rows(demo.out.split("Quantized fine-tuning")[1])
+    rows = [row for row in rows if row[0].isdecimal()]
+    tuning, folding = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    found = {}
+    for (bits, *shares), (again, same, difference) in zip(tuning, folding, strict=True):
+        assert bits == again
+        accuracies = [float(share.removesuffix(" %")) for share in shares]
+        found[int(bits)] = Tuned(*accuracies, same, float(difference))
+    return found
+
+
+def assert_last_act(demo: Demo, *bits: int) -> None:
+    """Assert that few bits cost little, and that folding costs nothing."""
+    found = last_act(demo)
+    assert tuple(found) == bits
+    for tuned in found.values():
+        assert tuned.fine_tuned > tuned.in_float - 3
+        assert tuned.quantized > tuned.in_float - 5
+        assert tuned.same == "360 of 360"
+        assert 0 < tuned.difference < 1e-4
+    assert len({tuned.in_float for tuned in found.values()}) == 1
+
+
 def printed_rows(text: str) -> list[list[str]]:
     """Return the lines of a terminal as rows of cells."""
     return [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]

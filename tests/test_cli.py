@@ -17,9 +17,11 @@ import pytest
 import fusebn
 from fusebn.cli.demo.numpy.findings import recalibrate
 from fusebn.cli.demo.numpy.network import Network
+from fusebn.cli.demo.numpy.quantized import Quantizable
 from terminal import (
     Demo,
     Page,
+    assert_last_act,
     printed_rows,
     share,
     type_in,
@@ -87,6 +89,23 @@ def test_a_new_process_predicts_the_same(demo: Demo) -> None:
     assert "360 of 360" in demo.out
 
 
+def test_quantized_fine_tuning_and_folding(demo: Demo) -> None:
+    assert_last_act(demo, 8, 4, 3)
+
+
+def test_quantizers_switch_at_run_time() -> None:
+    rng = np.random.default_rng(0)
+    network, images = Network.new(rng), rng.random((9, 64), dtype=np.float32)
+    network(images, training=True)
+    quantizable = Quantizable(network)
+    exact = network.logits(images)
+    for bits in (4, 0, 8, 0):
+        quantizable.bits = bits
+        logits = quantizable.logits(images)
+        assert np.array_equal(logits, exact) == (bits == 0)
+        np.testing.assert_allclose(quantizable.folded(images), logits, atol=1e-5)
+
+
 def test_the_model_holds_the_trained_layers(demo: Demo) -> None:
     layers = fusebn.load(demo.model)
     assert sorted(layers) == ["dense0", "dense1", "last", "norm0", "norm1"]
@@ -135,7 +154,7 @@ def test_the_report_is_whole_and_needs_nothing_else(demo: Demo) -> None:
 def test_every_figure_has_words_for_those_who_cannot_see_it(demo: Demo) -> None:
     page = Page(demo.report.read_text("utf-8"))
     figures = [attributes for tag, attributes in page.attributes if tag == "svg"]
-    assert len(figures) == 6
+    assert len(figures) == 8
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
 
 
@@ -149,7 +168,7 @@ def test_light_and_dark_share_the_figures(demo: Demo) -> None:
 
 def test_the_report_has_the_tables_of_the_terminal(demo: Demo) -> None:
     rows = [row for row in Page(demo.report.read_text("utf-8")).rows if row]
-    assert len(rows) == 4 + 2 + 4 + 6 + 1
+    assert len(rows) == 4 + 2 + 4 + 6 + 1 + 3 + 3
     printed = printed_rows(demo.out)
     assert all(row in printed for row in rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,10 @@ def test_sizes_that_are_not_said_are_looked_for(old, new):
 
 
 def test_sizes_of_one_name_are_one(old, new):
-    nodes = [op("MatMul", "u x", "v"), conv("v", op="MatMul"), norm()]
-    model = model_of(nodes, arrays(w=(4, 6)), ("K", 4), inputs={"u": ("N", "K")}, **FLOAT)
+    nodes, held = [op("MatMul", "x u", "v"), conv("v", op="MatMul"), norm()], arrays(w=(32, 6))
+    model = model_of(nodes, held, ("M", "K"), inputs={"u": ("K", "N")}, **FLOAT)
     onnx.save_model(model, old)
-    assert "x of shape [2, 4], u of shape [2, 2]" in fold(old, new).output
+    assert "x of shape [2, 32], u of shape [32, 32]" in fold(old, new).output
 
 
 def test_the_least_precise_of_weights_and_outputs_decides(old, new):
@@ -189,6 +190,14 @@ def test_data_in_another_file(tmp_path, old):
     for one, other in zip(want.graph.initializer, actual.graph.initializer, strict=True):
         np.testing.assert_array_equal(numpy_helper.to_array(one), numpy_helper.to_array(other))
     assert (old.read_bytes(), (tmp_path / "weights").read_bytes()) == (held, data)
+
+
+def test_data_are_in_their_place_before_the_model(old, new, monkeypatch):
+    with_data_outside(old)
+    moved = []
+    monkeypatch.setattr(os, "replace", lambda source, target: moved.append(target.name))
+    fold(old, new)
+    assert moved == ["new.onnx.data", "new.onnx"]
 
 
 def test_data_in_another_file_that_is_missing(tmp_path, old, new):

@@ -177,6 +177,7 @@ ADAPTER_ARROWS = {
         "_explain": {"_folding", "_planning", "_report", "modules"},
         "_fuse": {"_planning"},
         "_fold": {
+            "_calls",
             "_folding",
             "_fuse",
             "_neighbours",
@@ -249,7 +250,9 @@ ADAPTER_ARROWS = {
         "_portable": set(),
     },
     "keras": {
-        "__init__": {"_explain", "_fuse", "_quantize", "_spec", "layers"},
+        "__init__": {"_explain", "_fold", "_fuse", "_quantize", "_spec", "layers"},
+        "_fold": {"_folding", "_fuse", "_neighbours", "_report", "_spec", "layers"},
+        "_neighbours": {"_folding"},
         "_explain": {"_folding", "_report", "layers"},
         "layers": {"_batch_norm", "_renorm", "_spec", "_transformed", "_transforms"},
         "_batch_norm": {"_groups", "_renorm", "_synchronized", "_transformed"},

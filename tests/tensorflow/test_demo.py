@@ -8,8 +8,19 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from fusebn.cli.demo.digits import split
 from fusebn.cli.demo.network import WIDTHS
-from terminal import Demo, Page, printed_rows, share, type_in_demo, type_in_without_space
+from fusebn.cli.demo.tensorflow.network import Network
+from fusebn.cli.demo.tensorflow.quantized import Quantizable
+from terminal import (
+    Demo,
+    Page,
+    assert_last_act,
+    printed_rows,
+    share,
+    type_in_demo,
+    type_in_without_space,
+)
 
 EPOCHS = 2
 OPTIONS = ("--framework", "tensorflow", "--seed", 5, "--epochs", EPOCHS)
@@ -75,8 +86,29 @@ def test_updates_in_place_train_the_same_network(demo: Demo) -> None:
 
 
 def test_a_restored_graph_predicts_the_same(demo: Demo) -> None:
-    [row] = [row for row in printed_rows(demo.out) if "360 of 360" in row]
+    before = demo.out.split("Quantized fine-tuning")[0]
+    [row] = [row for row in printed_rows(before) if "360 of 360" in row]
     assert row[1:] == ["360 of 360", "0"]
+
+
+def test_quantized_fine_tuning_and_folding(demo: Demo) -> None:
+    assert_last_act(demo, 8, 4)
+
+
+def test_one_graph_has_all_bits(tmp_path: Path) -> None:
+    training, (images, _) = split(0)
+    network, quantizable = Network(0), Quantizable(1)
+    network.recalibrate(training)
+    network.save(tmp_path / "model")
+    quantizable.restore(tmp_path / "model")
+    exact = network.logits(images)
+    size = len(quantizable.graph.get_operations())
+    for bits in (4, 0, 8, 0):
+        quantizable.bits = bits
+        logits = quantizable.logits(images)
+        assert (logits.tobytes() == exact.tobytes()) == (bits == 0)
+        assert bits == 0 or abs(quantizable.folded(images) - logits).max() < 1e-4
+    assert len(quantizable.graph.get_operations()) == size
 
 
 def test_the_same_seed_shows_the_same_numbers(demo: Demo, tmp_path: Path) -> None:
@@ -98,9 +130,9 @@ def test_the_report_is_whole_and_has_the_tables_of_the_terminal(demo: Demo) -> N
     page = Page(text)
     assert page.open == []
     assert f"TensorFlow {tf.__version__}" in text
-    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 6
+    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 8
     rows, printed = [row for row in page.rows if row], printed_rows(demo.out)
-    assert len(rows) == 4 + 4 + 8 + 5 + 6 + 1
+    assert len(rows) == 4 + 4 + 8 + 5 + 6 + 1 + 2 + 2
     assert all(row in printed for row in rows)
 
 

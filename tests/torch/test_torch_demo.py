@@ -13,7 +13,8 @@ import fusebn.torch as fbt
 from fusebn.cli.demo.digits import split
 from fusebn.cli.demo.images import patches
 from fusebn.cli.demo.torch.network import Model, Network, tensor_of
-from terminal import Demo, Page, printed_rows, type_in_demo, type_in_without_space
+from fusebn.cli.demo.torch.quantized import Quantizable
+from terminal import Demo, Page, assert_last_act, printed_rows, type_in_demo, type_in_without_space
 
 OPTIONS = ("--framework", "torch", "--seed", 5, "--epochs", 2)
 NORMS = {
@@ -93,14 +94,30 @@ def test_the_model_loads_without_us(demo: Demo) -> None:
     assert f"{100 * right.mean():.1f}" == f"{held_out(demo, 'after fuse'):.1f}"
 
 
+def test_quantized_fine_tuning_and_folding(demo: Demo) -> None:
+    assert_last_act(demo, 8, 4)
+
+
+def test_quantizers_switch_at_run_time() -> None:
+    network, images = Network(0, fused=True), split(0)[1].images[:9]
+    network.step(tensor_of(images), torch.arange(9))
+    quantizable = Quantizable(network)
+    exact = network.logits(images)
+    for bits in (4, 0, 8, 0):
+        quantizable.bits = bits
+        logits = quantizable.logits(images)
+        assert np.array_equal(logits, exact) == (bits == 0)
+        np.testing.assert_allclose(quantizable.folded(images), logits, atol=1e-5)
+
+
 def test_the_report_is_whole_and_has_the_tables_of_the_terminal(demo: Demo) -> None:
     text = demo.report.read_text("utf-8")
     page = Page(text)
     assert page.open == []
     assert f"PyTorch {torch.__version__}" in text
-    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 6
+    assert len([tag for tag, _ in page.attributes if tag == "svg"]) == 8
     rows, printed = [row for row in page.rows if row], printed_rows(demo.out)
-    assert len(rows) == 4 + 2 + 6 + 6 + 2 + 1
+    assert len(rows) == 4 + 2 + 6 + 6 + 2 + 1 + 2 + 2
     assert all(row in printed for row in rows)
 
 

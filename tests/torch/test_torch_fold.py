@@ -252,7 +252,7 @@ def test_an_input_whose_channels_lie_elsewhere_is_refused_when_it_comes(layer, x
     model = randomized(nn.Sequential(copy.deepcopy(layer), nn.BatchNorm1d(4)))
     x = torch.randn(x).double()
     assert model(x).shape
-    with pytest.raises(AssertionError, match="took an input of rank"):
+    with pytest.raises(ValueError, match=r"fold: `input` must have rank \d, for which"):
         fbt.fold(model)(x)
 
 
@@ -368,8 +368,40 @@ def test_seen_by_somebody_else(run, reason):
     assert torch.equal(fbt.fold(model)(x), model(x))
 
 
+def test_what_is_done_to_a_list_counts_too():
+    class Either(Own):
+        def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+            if isinstance(x, Tensor):
+                return self.bn(self.conv(x))
+            y = self.conv(x[0])
+            return self.bn(y) + y
+
+    assert why_not(Either(read_twice)) == "the output of 'conv' goes elsewhere too"
+
+
+def test_a_layer_after_it_that_is_called_without_it():
+    def run(self: Any, x: Tensor) -> Tensor:
+        return self.conv(self.bn(x)) + self.conv(x)
+
+    model = Own(run)
+    model.conv = nn.Conv2d(3, 3, 1)
+    reason = "no layer is right before it; 'conv' has another input too"
+    assert why_not(model, before=True) == reason
+
+
 def test_a_pair_that_is_always_called_together_is_folded():
     assert_folds(randomized(Own(both_together)), torch.randn(1, 3, 5, 5).double(), layers=["conv"])
+
+
+def test_a_batch_norm_with_two_names():
+    model = Own(activated_after)
+    model.alias = model.bn
+    folded = assert_folds(randomized(model), torch.randn(1, 3, 5, 5).double(), layers=["conv"])
+    assert folded.alias is folded.bn
+
+
+def activated_after(self: Any, x: Tensor) -> Tensor:
+    return torch.relu(self.alias(self.conv(x)))
 
 
 def test_called_from_two_forwards():

@@ -555,6 +555,29 @@ def test_what_is_not_prepared():
     assert qat.explain(transformed)[0].reason == "it has transforms"
 
 
+def test_both_modes_must_agree():
+    class Auxiliary(nn.Module):
+        """It reads more of itself while it trains."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.bn(y) + y if self.training else self.bn(y)
+
+    model = Auxiliary()
+    for training in (True, False):
+        assert (
+            qat.explain(model.train(training))[0].reason
+            == "the output of 'conv' goes elsewhere too"
+        )
+    with pytest.raises(ValueError, match="bn: the output of 'conv' goes elsewhere too"):
+        qat.prepare(model)
+    assert fbt.explain_fold(model)[0].layer == "conv"
+
+
 def test_training_in_few_bits_brings_back_what_rounding_lost():
     """In floats, then in 3 bits; what is converted answers as what was trained."""
     torch.manual_seed(2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -268,6 +269,16 @@ def test_gradients_that_are_asked_for_one_by_one() -> None:
         module.requires_grad_(True)
 
 
+def test_a_gradient_that_nobody_fetches_keeps_nothing_alive() -> None:
+    module = layer(transforms=SMOOTH, transform_batch_statistics=True, activation="relu")
+    x = random(4, 3, 2, 5).requires_grad_()
+    y = module(x)
+    torch.autograd.grad(y, module.weight, torch.ones_like(y))  # and not x
+    alive = weakref.ref(x)
+    del x, y
+    assert alive() is None
+
+
 def test_in_functional_transforms() -> None:
     module = layer(transforms=SMOOTH, transform_batch_statistics=True, track_running_stats=True)
     module.running_mean = module.running_var = None  # which vmap could not update
@@ -340,7 +351,12 @@ def test_scales_of_zero_and_constant_channels(of_batch: bool) -> None:
 
 
 @pytest.mark.parametrize("of_batch", [False, True])
-def test_batches_of_which_nothing_counts(of_batch: bool) -> None:
+@pytest.mark.parametrize("plain_tensors", [True, False])
+def test_batches_of_which_nothing_counts(
+    of_batch: bool, plain_tensors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not plain_tensors:
+        monkeypatch.setattr(_ops, "is_plain", lambda _: False)
     plain = layer(activation="relu")
     transforms = {name: lambda vector: vector + 5 for name in NAMES[2:]}
     module = layer(activation="relu", transforms=transforms, transform_batch_statistics=of_batch)
@@ -458,12 +474,11 @@ def test_switching_compiles_nothing_again(of_batch: bool) -> None:
     for now in (True, False, True, False, False):
         active.fill_(now)
         x = random(4, 3, 2, 2, dtype=torch.float32)
-        y, dx = results(lambda_of(compiled, module), x, None, dy)[:2]
-        eager_y, eager_dx, *_ = results(eager, x, None, dy)
-        plain_y, plain_dx, *_ = results(plain, x, None, dy)
-        assert_near(y, eager_y, 1e-6)
-        assert_near(dx, eager_dx, 1e-5)
-        assert y.equal(plain_y) == dx.equal(plain_dx) == (not now)
+        residual = random(4, 3, 2, 2, dtype=torch.float32)
+        y, dx, *rest = results(lambda_of(compiled, module), x, residual, dy)
+        expected, plainly = (results(each, x, residual, dy) for each in (eager, plain))
+        assert_near([y, dx, *rest], expected, 1e-5)
+        assert y.equal(plainly[0]) == dx.equal(plainly[1]) == (not now)
         for name, value in eager.state_dict().items():
             assert module.state_dict()[name].equal(value), name
     assert counter.frame_count == 1

@@ -4,6 +4,7 @@ They are differentiable as often as one likes, and the averages that take them u
 layer that transforms nothing, to the last bit.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from fusebn.jax import _masked, _ops, _portable, _synchronized
+from fusebn.jax import _masked, _ops, _portable
 from fusebn.jax._calls import block_of, positions_of
 from fusebn.jax._functions import canonical
 from fusebn.jax._ops import Moments, Options
+from fusebn.jax._synchronized import group_of, merged, returned, vary
 from fusebn.jax._transformed import Batch, Pair
 
 Array = Any
+Found = tuple[Moments, Pair]  # of a batch, and the averages after it
 
 
 def measured(
@@ -39,79 +42,76 @@ def measured(
     `own_weights` says that weights have the shape of x and are 0 or 1. See `functional.batch_norm`
     for what else there is.
     """
-    flat = [value.reshape(-1) for value in given]
     x, _, _, *flat, _, positions, _, options = canonical(
-        "batch_norm", x, None, None, *flat, None, None if own_weights else weights, True, axis,
-        0.0, correction, exponential_avg_factor, None,
+        "batch_norm", x, None, None, given[0].reshape(-1), given[1].reshape(-1), None,
+        None if own_weights else weights, True, axis, 0.0, correction, exponential_avg_factor, None,
     )  # fmt: skip
+    group = None if axis_name is None else group_of(axis_name, axis_index_groups)
 
-    def batch() -> tuple[Moments, Pair]:
-        if own_weights:
-            moments = _masked.moments(x, weights, axis)
-        elif axis_name is None:
+    def batch() -> Found:
+        if not own_weights and group is None:
             return _statistics(options, x, positions, *flat)
-        else:
-            moments = _ops.moments(x, positions, axis)
-        if axis_name is not None:
-            group = _synchronized.group_of(axis_name, axis_index_groups)
-            moments = _synchronized.merged(moments, group)
+        moments = (
+            _masked.moments(x, weights, axis) if own_weights else _ops.moments(x, positions, axis)
+        )
+        moments = moments if group is None else merged(moments, group)
         return moments, _averages(options, moments, *flat)
 
-    def nothing() -> tuple[Moments, Pair]:
-        shapes = jax.eval_shape(batch)[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return _synchronized.vary((zeros, tuple(flat)), (x, weights, flat))
-
     # Devices cannot meet in a branch that not all of them may take.
-    everywhere = wanted is True or axis_name is not None
-    moments, averages = batch() if everywhere else lax.cond(wanted, batch, nothing)
-    counted = weights is not None or axis_name is not None
+    if wanted is True or group is not None:
+        moments, averages = batch()
+    else:
+        moments, averages = lax.cond(wanted, batch, partial(_nothing, batch, x, weights, flat))
     # A channel of which a mask leaves nothing, though of others something, has no better ones.
     statistics = jnp.where(moments.count > 0, moments.batch.sum(1), jnp.stack(flat))
-    shaped = [value.reshape(given[0].shape) for value in (*statistics, *averages)]
-    count = moments.count.max(initial=0) if counted else x.size
-    return Batch(count, tuple(shaped[:2]), tuple(shaped[2:]))
+    mean, variance, *new = (v.reshape(given[0].shape) for v in (*statistics, *averages))
+    known = weights is None and group is None
+    count = x.size if known else moments.count.max(initial=0)
+    return Batch(count, (mean, variance), (new[0], new[1]))
+
+
+def _nothing(batch: Callable[[], Found], x: Array, weights: Array | None, given: Any) -> Found:
+    """Return what `batch` would, of no batch: count 0, and the averages as they were."""
+    moments = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(batch)[0])
+    found: Found = vary((moments, tuple(given)), (x, weights, given))
+    return found
 
 
 def _averages(options: Options, moments: Moments, mean: Array, variance: Array) -> Pair:
     """Return the averages after a batch."""
     moments = moments._replace(count=jnp.broadcast_to(moments.count, mean.shape))
     rest = True, options.factor, options.correction
-    return _synchronized.returned(moments, mean, variance, *rest)
+    return returned(moments, mean, variance, *rest)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics(
     options: Options, x: Array, weights: Array | None, mean: Array, variance: Array
-) -> tuple[Moments, Pair]:
+) -> Found:
     """Return the moments of a batch that is here, and the averages after it."""
     return _ops.statistics(x, weights, mean, variance, options)
 
 
 def _tangents(options: Options, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    x, weights, mean, variance = primals
-    dx, dweights, *dgiven = tangents
+    """Differentiate the textbook's formulas, by x and the given averages: weights are a mask."""
+    x, weights, *given = primals
     found = _statistics(options, *primals)
-    operands, moving = {"x": block_of(x, options.axis)}, {}
+    moments = found[0]
+    operands = {"x": block_of(x, options.axis)}
     if weights is not None:
         operands["weights"] = positions_of(weights, x, options.axis)
-    if type(dx) is not SymbolicZero:
-        moving["x"] = block_of(dx, options.axis)
-    if weights is not None and type(dweights) is not SymbolicZero:
-        moving["weights"] = positions_of(dweights, x, options.axis)
-    moments = found[0]
-    each = jax.tree.map(lambda value: value[None], moments._asdict())
-    moved = _portable.moments_tangent(operands, each, moving)
-    dmoments = jax.tree.map(
-        lambda value, like: jnp.broadcast_to(value, (1, *like.shape))[0], Moments(**moved), moments
+    dx, _, *dgiven = (
+        jnp.zeros_like(of) if type(tangent) is SymbolicZero and of is not x else tangent
+        for of, tangent in zip(primals, tangents, strict=True)
     )
-    dgiven = [
-        jnp.zeros_like(value) if type(tangent) is SymbolicZero else tangent
-        for value, tangent in zip((mean, variance), dgiven, strict=True)
-    ]
-    _, daverages = jax.jvp(
-        partial(_averages, options), (moments, mean, variance), (dmoments, *dgiven)
+    moving = {} if type(dx) is SymbolicZero else {"x": block_of(dx, options.axis)}
+    one_problem = jax.tree.map(lambda value: value[None], moments._asdict())
+    moved = _portable.moments_tangent(operands, one_problem, moving)
+    dmoments = Moments(
+        jnp.zeros_like(moments.count), jnp.broadcast_to(moved["batch"][0], moments.batch.shape)
     )
+    averages = partial(_averages, options)
+    _, daverages = jax.jvp(averages, (moments, *given), (dmoments, *dgiven))
     return found, (dmoments, daverages)
 
 

@@ -58,8 +58,8 @@ def check(layer: Layer) -> None:
 
 def check_plain(layer: Layer, x: Array, residual: Any, transforms: Any) -> None:
     """Check that complex x, which only Flax's own layers take, comes without what only ours do."""
-    extras = layer.activation, layer.correction, layer.nonfinite, residual
-    if extras != (None, 0, "propagate", None) or transforms:
+    extras = layer.activation, layer.correction, layer.nonfinite, residual, transforms or None
+    if extras != (None, 0, "propagate", None, None):
         expected = "be real beside activation=, residual=, correction=, nonfinite=, transforms="
         _spec.fail(TypeError, _NAME, "x", expected, f"dtype {x.dtype}")
 

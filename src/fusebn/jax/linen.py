@@ -174,11 +174,13 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
         transformation = _flax.transformation_of(self, transforms_active)
         training = negated(use_running_average)
+        scale, bias = transformation.of_parameters(scale, bias, training)
         y, *new = _flax.normalize(
             layer,
             transformation,
             x,
-            *transformation.of_parameters(scale, bias, training),
+            scale,
+            bias,
             mean.value,
             var.value,
             training,
@@ -201,10 +203,12 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
             ``scale`` and ``offset``, None where the layer has none, ``mean``, ``variance``; and
             ``epsilon``.
         """
-        params = (self.get_variable("params", name) for name in ("scale", "bias"))
-        averages = (self.get_variable("batch_stats", name) for name in ("mean", "var"))
-        transformation = _flax.transformation_of(self, None)
-        return _flax.effective(transformation, self.epsilon, *params, *averages)
+        return _flax.effective(
+            _flax.transformation_of(self, None),
+            self.epsilon,
+            *(self.get_variable("params", name) for name in ("scale", "bias")),
+            *(self.get_variable("batch_stats", name) for name in ("mean", "var")),
+        )
 
     def _averaged(self, new: Array, old: Array, x: Array) -> Array:
         """Return a running average in the type that Flax gives it."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fusebn import _spec
 from fusebn.jax import _flax
-from fusebn.jax._transformed import negated
+from fusebn.jax._transformed import Transformation, negated
 
 try:
     from flax import nnx
@@ -224,7 +224,7 @@ class BatchNorm(nnx.BatchNorm):
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
         return scale, bias, self.mean[...], self.var[...]
 
-    def _transformation(self, active: Any) -> _flax.Transformation:
+    def _transformation(self, active: Any) -> Transformation:
         if active is None:
             active = self.transforms_active
         if isinstance(active, nnx.Variable):

@@ -46,7 +46,7 @@ def is_norm(operation: Operation) -> bool:
 
 def folds_of(model: Any) -> list[Fold]:
     """Return what each batch norm in a Functional or Sequential model can take in."""
-    follow = _Chain(model) if isinstance(model, keras.Sequential) else _Graph(model)
+    follow = followed(model)
     taken: set[int] = set()
     found = []
     for operation in follow.operations:
@@ -83,7 +83,12 @@ def _alike(norm: Operation, other: Operation) -> bool:
 # ---- who reads a result ----
 
 
-class _Chain:
+def followed(model: Any) -> "Chain | Graph":
+    """Return what tells who reads whose results in a Functional or Sequential model."""
+    return Chain(model) if isinstance(model, keras.Sequential) else Graph(model)
+
+
+class Chain:
     """The layers of a Sequential model: each is read by the next."""
 
     def __init__(self, model: Any) -> None:
@@ -93,11 +98,16 @@ class _Chain:
         following = self.operations[self.operations.index(operation) + 1 :]
         return (following[0], "") if following else (None, "")
 
+    def source_of(self, operation: Operation) -> Operation | None:
+        """Return the operation that yields the inputs of another."""
+        before = self.operations[: self.operations.index(operation)]
+        return before[-1] if before else None
+
     def is_sum(self, norm: Operation, reader: Operation) -> bool:
         return False
 
 
-class _Graph:
+class Graph:
     """The operations of a Functional model, and their calls between its inputs and outputs."""
 
     def __init__(self, model: Any) -> None:
@@ -134,6 +144,14 @@ class _Graph:
         if len(self.calls[id(reader)]) != 1:
             return None, f"{reader.name!r} is called {len(self.calls[id(reader)])} times"
         return reader, ""
+
+    def source_of(self, operation: Operation) -> Operation | None:
+        """Return the operation that yields the first argument of another, called once."""
+        calls = self.calls[id(operation)]
+        if len(calls) != 1:
+            return None
+        found: Operation | None = calls[0].input_tensors[0]._keras_history.operation
+        return found
 
     def is_sum(self, norm: Operation, reader: Operation) -> bool:
         """Say whether the reader adds a tensor of the same shape and type to what norm yields."""

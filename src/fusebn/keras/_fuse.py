@@ -81,7 +81,7 @@ def fuse(model: Model) -> Model:
         _adopt_inside(model)
         _forget_compiled_steps(model)
         return model
-    clone = _Cloning().clone(model)
+    clone = Cloning().clone(model)
     _compile_alike(clone, model)
     return clone
 
@@ -123,24 +123,23 @@ class _Sum:
         return self.norm(self.given, residual=residual, **self.options)
 
 
-def _pass_on(*args: Any, **kwargs: Any) -> Any:
+def pass_on(*args: Any, **kwargs: Any) -> Any:
     """Be called for an activation that has been applied."""
     return (*args, *kwargs.values())[0]
 
 
-class _Cloning:
+class Cloning:
     """Clones a model and the models in it; a layer that stands in several is cloned once."""
 
     def __init__(self) -> None:
         self.clones: dict[int, Any] = {}
+        self.changed: set[int] = set()  # whose clones have variables of another kind
 
     def clone(self, model: Model) -> Model:
         """Return the fused clone of a Functional or Sequential model."""
-        stand_ins: dict[int, Any] = {}
-        for fold in folds_of(model):
-            stand_ins |= self._stand_ins(fold)
+        stand_ins = self.plan(model)
         if isinstance(model, keras.Sequential):
-            layers = [layer for layer in model.layers if stand_ins.get(id(layer)) is not _pass_on]
+            layers = [layer for layer in model.layers if stand_ins.get(id(layer)) is not pass_on]
             inputs = map(_input_like, model.inputs if model.built else ())
             clone = keras.Sequential([*inputs, *map(self._clone_of, layers)], name=model.name)
         else:
@@ -150,8 +149,16 @@ class _Cloning:
                     input_tensors=keras.tree.map_structure(_input_like, model.input),
                     clone_function=lambda op: stand_ins.get(id(op)) or self._clone_of(op),
                 )
-        _take_state(clone, model, self.clones)
+        clones = {key: new for key, new in self.clones.items() if key not in self.changed}
+        _take_state(clone, model, clones)
         return clone
+
+    def plan(self, model: Model) -> dict[int, Any]:
+        """Return what is called instead of operations of the model, by their ids."""
+        stand_ins: dict[int, Any] = {}
+        for fold in folds_of(model):
+            stand_ins |= self._stand_ins(fold)
+        return stand_ins
 
     def _stand_ins(self, fold: Fold) -> dict[int, Any]:
         """Return what is called instead of the operations of a fold."""
@@ -159,7 +166,7 @@ class _Cloning:
         found: dict[int, Any] = {}
         if fold.activate is not None:
             norm.activation = fold.activation
-            found[id(fold.activate)] = _pass_on
+            found[id(fold.activate)] = pass_on
         if fold.add is not None:
             total = _Sum(norm)
             found |= {id(fold.norm): total.wait, id(fold.add): total}
@@ -173,13 +180,17 @@ class _Cloning:
     def _cloned(self, operation: Any) -> Any:
         if isinstance(operation, keras.Model) and is_open(operation):
             return self.clone(operation)
-        kind = BatchNormalization if is_norm(operation) else type(operation)
-        config = operation.get_config()
-        has_transforms = kind is BatchNormalization and config.pop("transforms", None) is not None
-        clone = kind.from_config(config)
-        if has_transforms:
-            clone.share_transforms(operation)
-        return clone
+        return clone_as(BatchNormalization if is_norm(operation) else type(operation), operation)
+
+
+def clone_as(kind: type[Any], operation: Any) -> Any:
+    """Return an operation of a class, configured like another; transforms are no configuration."""
+    config = operation.get_config()
+    has_transforms = kind is BatchNormalization and config.pop("transforms", None) is not None
+    clone = kind.from_config(config)
+    if has_transforms:
+        clone.share_transforms(operation)
+    return clone
 
 
 def _input_like(x: Any) -> Any:

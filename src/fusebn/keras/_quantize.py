@@ -15,7 +15,7 @@ _NAME = "FakeQuantize"
 
 
 @keras.saving.register_keras_serializable(package="fusebn")
-class FakeQuantize(keras.layers.Layer, Transform):  # type: ignore[misc]
+class FakeQuantize(keras.layers.Layer, Transform):
     """:class:`fusebn.quantize.FakeQuantize` as a layer, whatever the backend.
 
     Formula, arguments and bits are those of that class.

@@ -17,7 +17,7 @@ __all__ = ["FakeQuantize"]
 _NAME = "FakeQuantize"
 
 
-class FakeQuantize(tf.Module, Transform):
+class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
     """:class:`fusebn.quantize.FakeQuantize`, with what it has seen in ``tf.Variable`` objects.
 
     Formula, arguments and bits are those of that class, in eager execution, in a ``tf.function``,

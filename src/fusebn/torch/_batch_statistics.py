@@ -252,15 +252,17 @@ class _Normalize(torch.autograd.Function):
             return (None,) * 7
         tensors, link = ctx.saved_tensors, ctx.link
         link.handed = None  # what is there, nobody fetched
-        x, scale, offset, mean, variance, residual = tensors
         needed, options = ctx.needs_input_grad, link.options
         if torch.is_grad_enabled() or not _ops.is_plain(dy) or is_legacy_batchedtensor(dy):
             given = options._replace(training=False, factor=1.0)
-            batch = torch.stack([mean, variance])
+            batch = torch.stack(tensors[3:5])
             found = _library.gradients(
                 dy, None, None, batch, [*tensors, None], given, (*needed, False)
             )
             return *found[:6], None
+        # Detached: what is handed over must not keep alive the graph that it hangs on.
+        own: list[Any] = [None if tensor is None else tensor.detach() for tensor in tensors]
+        x, scale, offset, mean, variance, residual = own
         rstd = rstd_of(variance, options.epsilon)
         dx = _kernels.empty_like(x)
         normalization = Normalization(dx, x, mean, rstd, scale, offset, residual, options)

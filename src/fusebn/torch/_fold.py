@@ -1,15 +1,16 @@
 """`fold`: a model for inference, its batch norms taken over by the layers beside them."""
 
 import copy
+from collections.abc import Callable
 from types import EllipsisType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fusebn import _spec
 from fusebn._folding import fold as fold_arrays
 from fusebn._report import FoldReport, FoldRow
+from fusebn.torch._calls import is_symbol, node
 from fusebn.torch._fuse import unfuse
 from fusebn.torch._neighbours import TRANSPOSED, Neighbour, Neighbours, rank_between, replace
 from fusebn.torch._planning import check
@@ -52,7 +53,9 @@ def fold(model: M, *, before: bool = False) -> M:
     torch.nn.Module
         A copy, as if never fused. Where a batch norm was, there is ``nn.Identity``, or what
         else it did. All other modules, names and entries of the state_dict are the model's; a
-        layer that had no bias has one now.
+        layer that had no bias has one now. After a ``Linear`` or ``Conv1d``, whose batch norm
+        takes inputs of two ranks, one of them is folded, [N, C] or [N, C, L], and the other a
+        ValueError.
 
     Raises
     ------
@@ -184,7 +187,7 @@ def _variables(norm: Any) -> Any:
 
 # ---- what is left of a batch norm ----
 
-ACTIVATION_MODULES = {
+ACTIVATION_MODULES: dict[str | None, Callable[[], nn.Module]] = {
     None: nn.Identity,
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
@@ -230,9 +233,13 @@ class Rest(nn.Module):
         transforms_active: Any = None,
     ) -> Tensor:
         """Do it. Weights and transforms have no part in inference by folded weights."""
-        if self.rank is not None:
-            message = f"the batch norm that was folded took an input of rank {self.rank}"
-            torch._assert(input.ndim == self.rank, message)
+        if is_symbol(input):
+            given = {} if activation is ... else {"activation": activation}
+            symbol: Tensor = node(self, (input, residual), given)
+            return symbol
+        if self.rank is not None and input.ndim != self.rank:
+            expected = f"have rank {self.rank}, for which the batch norm was folded"
+            _spec.fail(ValueError, "fold", "input", expected, f"shape {tuple(input.shape)}")
         y = input if residual is None else input + residual
         chosen = self.activation if activation is ... else activation
         return y if chosen is None else ACTIVATIONS[chosen](y)

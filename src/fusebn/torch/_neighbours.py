@@ -239,7 +239,7 @@ class Neighbours:
         return ""
 
 
-def _why_not_norm(norm: nn.Module) -> str:
+def _why_not_norm(norm: Any) -> str:
     """Say what in a batch norm forbids that a layer takes it over, or ""."""
     if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
         return "it has no channels yet: call the model once"

@@ -57,18 +57,6 @@ class Transforms(torch.nn.Module):
         """Return the functions that are no modules, which are shown as children."""
         return "\n".join(f"({name}): {function!r}" for name, function in self._functions.items())
 
-    def wholly(self, call: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """Call, and leave the states of the transforms as they are if that raises."""
-        if torch.compiler.is_compiling():  # nothing is written before the program is through
-            return call(*arguments)
-        before = [(buffer, buffer.clone()) for buffer in self.buffers()]
-        try:
-            return call(*arguments)
-        except BaseException:
-            for buffer, value in before:
-                buffer.data = value  # its shape, too
-            raise
-
 
 Mapping.register(Transforms)
 
@@ -93,11 +81,29 @@ class Through(NamedTuple):
             self.training,
         )
 
+    def wholly(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a step that leaves the states of the transforms as they are if it raises."""
+        # A program writes nothing before it is through.
+        if not self.training or torch.compiler.is_compiling():
+            return step
+
+        def whole(*arguments: Any) -> Tensor:
+            before = [(buffer, buffer.clone()) for buffer in self.transforms.buffers()]
+            try:
+                return step(*arguments)
+            except BaseException:
+                for buffer, value in before:
+                    buffer.data = value  # its shape, too
+                raise
+
+        return whole
+
     def observe(self, mean: Tensor | None, variance: Tensor | None) -> None:
         """Show running statistics that do not normalize to the transforms with a state."""
         unused = self._replace(active=False)
         for name, vector in (("moving_mean", mean), ("moving_variance", variance)):
-            if isinstance(self.transforms.get(name), Transform):
+            transform = self.transforms.get(name)
+            if isinstance(transform, Transform) and getattr(transform, "has_state", True):
                 unused(name, vector)
 
     def of_batch(self, mean: Tensor, variance: Tensor, stat: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         self.correction = _spec.non_negative(name, "correction", correction)
         self.nonfinite = _spec.one_of(name, "nonfinite", nonfinite, NONFINITE)
         self.axis = _spec.integer(name, "axis", axis)
-        self._set_transforms(transforms)
+        self.transforms = transforms
         self.transforms_active = condition(name, "transforms_active", transforms_active)
         self.transform_batch_statistics = _spec.flag(
             name, "transform_batch_statistics", transform_batch_statistics
@@ -131,26 +131,29 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         """
         return self._modules.get("transforms")  # type: ignore[return-value]
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; transforms become a child, or none if there is none."""
-        if name == "transforms":
-            self._set_transforms(value)
-        else:
-            super().__setattr__(name, value)
-
-    def _set_transforms(self, transforms: Any) -> None:
+    @transforms.setter
+    def transforms(self, transforms: Mapping[str, Callable[..., Tensor]] | None) -> None:
         functions = checked(type(self).__name__, transforms)
         self._modules.pop("transforms", None)
         if functions:
-            super().__setattr__("transforms", Transforms(functions))
+            self._modules["transforms"] = Transforms(functions)
 
-    def _through(
-        self, transforms: Any, active: bool | Tensor | None, observes: bool, beside: Tensor | None
-    ) -> Through:
-        """Return what stands between the variables and what normalizes."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; of a child PyTorch would want that it is a module."""
+        if name == "transforms":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _through(self, active: bool | Tensor | None, beside: Tensor | None) -> Through | None:
+        """Return what stands between the variables and what normalizes, if anything does."""
+        transforms = self.transforms
+        if transforms is None:
+            return None
         name = type(self).__name__
         active = self.transforms_active if active is None else active
         active = condition(name, "transforms_active", active, beside)
+        observes = self.training and not self._frozen and not is_recomputation()
         return Through(name, transforms, active, observes)
 
     def effective_variables(self) -> dict[str, Any]:
@@ -174,8 +177,9 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         scale, offset = self._affine()
         mean, variance, _ = self._statistics()
         beside = next((each for each in (scale, mean) if each is not None), None)
-        if self.transforms is not None:
-            through = self._through(self.transforms, None, False, beside)
+        through = self._through(None, beside)
+        if through is not None:
+            through = through._replace(training=False)  # this is no step
             scale, offset = through("scale", scale), through("offset", offset)
             mean, variance = through("moving_mean", mean), through("moving_variance", variance)
         return {
@@ -218,25 +222,7 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
             return node
         self._check_input_dim(input)
         chosen = self.activation if activation is ... else activation
-        transforms: Any = self._modules.get("transforms")
-        if transforms is None:
-            return self._run(input, residual, chosen, weights, None)
-        observes = self.training and not self._frozen and not is_recomputation()
-        through = self._through(transforms, transforms_active, observes, input)
-        if not observes:
-            return self._run(input, residual, chosen, weights, through)
-        y: Tensor = transforms.wholly(self._run, input, residual, chosen, weights, through)
-        return y
-
-    def _run(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        activation: str | None,
-        weights: Tensor | None,
-        through: Through | None,
-    ) -> Tensor:
-        """Decide which statistics normalize, and whether the running ones move."""
+        through = self._through(transforms_active, input) if self._modules else None
         mean, var, tracked = self._statistics()
         if self._frozen or not self.training:
             training, updates = mean is None and var is None, False
@@ -247,10 +233,10 @@ class Extended(Wide, torch.nn.modules.batchnorm._BatchNorm):
         if updates:
             if is_recomputation():  # the same steps again, and nothing comes of them
                 mean, var, tracked = _copies(mean, var, tracked)
-            return self._update(input, mean, var, tracked, residual, activation, weights, through)
-        return self._normalize(
-            input, mean, var, training, 0.0, residual, activation, weights, through
-        )
+            update = self._update if through is None else through.wholly(self._update)
+            return update(input, mean, var, tracked, residual, chosen, weights, through)
+        normalize = self._normalize if through is None else through.wholly(self._normalize)
+        return normalize(input, mean, var, training, 0.0, residual, chosen, weights, through)
 
     # A Module finds its tensors by __getattr__, which on a small input is a fifth of the time. They
     # are not where they should be when parametrized or wrapped.

@@ -84,7 +84,8 @@ class _ConvBatchNorm(_ConvNd):
         freeze_delay: int | None = None,
         statistics: str = "float",
     ) -> None:
-        super().__init__(
+        make: Any = super().__init__  # not _ConvNd's, which takes more
+        make(
             in_channels,
             out_channels,
             kernel_size,
@@ -96,7 +97,7 @@ class _ConvBatchNorm(_ConvNd):
             padding_mode,
             device,
             dtype,
-        )  # type: ignore[call-arg]
+        )
         name = type(self).__name__
         if weight_quantize is ...:
             weight_quantize = FakeQuantize(8, symmetric=True, axis=0)
@@ -262,22 +263,25 @@ class _ConvBatchNorm(_ConvNd):
         else:
             _, factor = self._factor()
             folded = factor.abs() > _LEAST
-            divisor = self._per_channel(torch.where(folded, factor, 1))
-            quantized = self._weight(factor, True) / divisor
-            weight = torch.where(self._per_channel(folded), quantized, self.weight)
+            weight = self._weight(factor, True) * self._per_channel(
+                torch.where(folded, 1 / torch.where(folded, factor, 1), 0)
+            )
+            weight = torch.where(self._per_channel(folded), weight, self.weight)
         y: Tensor = self.bn(self._convolved(input, weight, self.bias))
         return y
 
     def _convolved(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = self.weight.dtype
         bias = None if bias is None else bias.to(dtype)
-        return self._conv_forward(input, weight.to(dtype), bias)  # type: ignore[operator, no-any-return]
+        convolve: Any = self._conv_forward
+        y: Tensor = convolve(input, weight.to(dtype), bias)
+        return y
 
     # ---- vectors and weights ----
 
     def _factor(self) -> tuple[Tensor, Tensor]:
         """Return the running standard deviation, and the scale divided by it, 0 where it is 0."""
-        std = (self.bn.running_var + self.bn.eps).sqrt()
+        std = (_snapshot(self.bn.running_var) + self.bn.eps).sqrt()
         factor = torch.where(std > 0, 1 / std, 0)
         return std, factor if self.bn.weight is None else factor * self.bn.weight
 
@@ -376,6 +380,25 @@ class _ConvBatchNorm(_ConvNd):
         return QuantizedWeight(codes, step, zero.to(torch.int32).expand(step.shape))
 
 
+def _snapshot(buffer: Tensor) -> Tensor:
+    """Return what a buffer holds, for backward too, when it has been updated.
+
+    Compilers may compute again in backward what they need not keep, and read the buffer then:
+    https://github.com/pytorch/pytorch/pull/197039. What an op of ours returns they keep.
+    """
+    return _copied(buffer) if torch.compiler.is_compiling() else buffer
+
+
+@torch.library.custom_op("fusebn::copied", mutates_args=())
+def _copied(buffer: Tensor) -> Tensor:
+    return buffer.clone()
+
+
+@_copied.register_fake
+def _(buffer: Tensor) -> Tensor:
+    return torch.empty_like(buffer)
+
+
 # Below it a product with a weight may be no normal number of float32.
 _LEAST = 2.0**-100
 
@@ -422,9 +445,10 @@ class ConvBatchNorm2d(_ConvBatchNorm, nn.Conv2d):
         How many forwards in training go by before the statistics freeze. None: they never do.
     statistics : "float" or "quantized"
         What mean and variance are of: the convolution with the weight as it is, as in the papers,
-        which takes a second convolution; or with the quantized one, unfolded again. This costs
-        what training without quantization does, and running statistics are then those of what
-        inference computes.
+        which takes a second convolution; or with the quantized one, unfolded again, which takes
+        but a few passes over the weight. Running statistics are then those of what inference
+        computes; but a channel that is rounded to 0 as a whole, which few bits do without limits
+        of its own, has a variance of 0.
 
     Attributes
     ----------
@@ -503,7 +527,9 @@ class ConvBatchNorm3d(_ConvBatchNorm, nn.Conv3d):
     _norms = (nn.BatchNorm3d, modules.BatchNorm3d)
 
 
-_FUSED = {kind._convolution: kind for kind in (ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d)}
+_FUSED: dict[Any, type[_ConvBatchNorm]] = {
+    kind._convolution: kind for kind in (ConvBatchNorm1d, ConvBatchNorm2d, ConvBatchNorm3d)
+}
 
 
 # ---- quantizers ----
@@ -528,7 +554,9 @@ def _delay(name: str, delay: Any) -> int | None:
 def _quantized(quantize: Any, x: Tensor, training: bool) -> Tensor:
     if quantize is None:
         return x
-    y: Tensor = quantize(x, training=training) if isinstance(quantize, Transform) else quantize(x)
+    observes = isinstance(quantize, Transform)
+    call: Any = quantize
+    y: Tensor = call(x, training=training) if observes else call(x)
     return y
 
 
@@ -558,14 +586,14 @@ def _narrowest(least: int, largest: int) -> torch.dtype:
 
 
 def _check_layers(
-    name: str, conv: Any, bn: Any, convolution: type, norms: tuple[type, type]
+    name: str, conv: Any, bn: Any, convolution: type[nn.Module], norms: tuple[type, type]
 ) -> None:
+    kinds = type(conv).__name__, type(bn).__name__
     if type(conv) is not convolution:
-        expected, got = f"be a torch.nn.{convolution.__name__}", type(conv).__name__
-        _spec.fail(TypeError, name, "conv", expected, got)
+        _spec.fail(TypeError, name, "conv", f"be a torch.nn.{convolution.__name__}", kinds[0])
     if type(bn) not in norms:
         expected = f"be a {norms[0].__name__} of torch.nn or fusebn.torch"
-        _spec.fail(TypeError, name, "bn", expected, type(bn).__name__)
+        _spec.fail(TypeError, name, "bn", expected, kinds[1])
     if bn.num_features != conv.out_channels:
         expected = f"have {conv.out_channels} channels, as many as conv returns"
         _spec.fail(ValueError, name, "bn", expected, f"{bn.num_features}")
@@ -661,8 +689,9 @@ def prepare(
         _spec.fail(ValueError, "prepare", "model", expected, f"none ({reasons or 'no batch norm'})")
     for pair in pairs:
         activation, module = _activation_behind(study, pair, output_quantize is not None)
-        layer = _FUSED[type(pair.layer)].from_float(
-            pair.layer,
+        conv: Any = pair.layer
+        layer = _FUSED[type(conv)].from_float(
+            conv,
             pair.norm,
             activation=activation,
             weight_quantize=copy.deepcopy(weight_quantize),
@@ -670,7 +699,7 @@ def prepare(
             freeze_delay=freeze_delay,
             statistics=statistics,
         )
-        replace(prepared, pair.layer, layer)
+        replace(prepared, conv, layer)
         replace(prepared, pair.norm, nn.Identity())
         if module is not None:
             replace(prepared, module, nn.Identity())

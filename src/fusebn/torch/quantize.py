@@ -109,6 +109,11 @@ class FakeQuantize(Wide, Transform, torch.nn.Module):
         if self.settings.has_state:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def has_state(self) -> bool:
+        """Whether what was seen before has a part in the result."""
+        return self.settings.has_state
+
     def extra_repr(self) -> str:
         """Return the arguments that construct one like this."""
         return str(self.settings)

@@ -43,15 +43,16 @@ def run(framework: str, seed: int, epochs: int | None, path: Path, console: Cons
         by_mean = np.argsort(exact.mean)
         channels = [int(by_mean[int(q * len(by_mean))]) for q in (0.04, 0.36, 0.68, 0.96)]
         shown = [moving_statistics(first, exact, channels), *study.findings]
+        last_act = study.quantization
         accuracy = study.history.accuracy[-1]
         summary = report.Summary(chosen.FRAMEWORK, seed, epochs, accuracy, training, held_out)
-        report.write(path, summary, first, study.history, channels, shown)
+        report.write(path, summary, first, study.history, channels, shown, last_act)
     console.print(
         f"\n[bold green]{percent(accuracy)} of the held-out digits recognized[/] "
         f"in inference mode, seed {seed}.",
         highlight=False,
     )
-    for finding in shown:
+    for finding in [*shown, *(last_act.findings if last_act else ())]:
         _print(finding, console)
     console.print(f"Done in {perf_counter() - started:.1f} seconds.", highlight=False)
     return model

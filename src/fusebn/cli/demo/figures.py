@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +17,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from fusebn import batch_normalization
 from fusebn.cli.demo.findings import percent
 from fusebn.cli.demo.network import CORRECTION, EPSILON, Array, First
+from fusebn.cli.demo.quantized import Quantization, Tuned
 from fusebn.cli.demo.watch import History
+from fusebn.quantize import FakeQuantize
 
 # matplotlib knows no CSS variables: it draws in these colors, which are then replaced, so that one
 # figure suits a light page and a dark one.
@@ -154,6 +157,49 @@ def activations(first: First, images: Array) -> list[str]:
             )
             figures.append(_svg(figure, title.split()[0].lower(), alt))
     return figures
+
+
+def quantization(last_act: Quantization) -> list[str]:
+    """Return two figures: the accuracies with fewer bits, and what few bits make of a variable."""
+    with mpl.rc_context(_STYLE):
+        return [_accuracies(last_act.tuned), _levels(np.sort(last_act.first.moving_mean))]
+
+
+def _accuracies(tuned: Sequence[Tuned]) -> str:
+    figure, axes = _blank("Held-out accuracy", "bits")
+    at, lowest = np.arange(len(tuned)), 97.0
+    stages = (
+        ("in_float", "floating point"),
+        ("quantized", "quantized"),
+        ("fine_tuned", "fine-tuned"),
+    )
+    for i, (stage, label) in enumerate(stages):
+        shares = [100 * getattr(one, stage) for one in tuned]
+        axes.plot(at + 0.15 * (i - 1), shares, "o", color=_SERIES[i], ms=6, label=label)
+        lowest = min(lowest, *shares)
+    axes.set_xticks(at, [str(one.bits) for one in tuned])
+    # Below is room for the legend.
+    axes.set(xlim=(-0.5, len(at) - 0.5), ylim=(lowest - 0.4 * (100 - lowest), 100.3))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+    axes.legend(loc="lower left")
+    told = ", ".join(f"{percent(one.fine_tuned)} with {one.bits} bits" for one in tuned)
+    return _svg(figure, "bits", f"Dot chart: accuracy after fine-tuning is {told}.")
+
+
+def _levels(exact: Array) -> str:
+    figure, axes = _blank("Moving means of the first layer", "channels, in their order")
+    axes.plot(exact, "o", color=_SERIES[0], ms=2.6, label="floating point")
+    for color, bits in ((_SERIES[1], 4), (_SERIES[2], 3)):
+        levels = FakeQuantize(bits)(exact)
+        axes.step(np.arange(len(exact)), levels, color=color, where="mid", label=f"{bits} bits")
+    axes.set(xticks=[])
+    axes.legend(loc="upper left")
+    alt = (
+        f"Step chart: the moving means of {len(exact)} channels, from {exact[0]:.2f} to "
+        f"{exact[-1]:.2f}, rounded to 16 levels and to 8."
+    )
+    return _svg(figure, "levels", alt)
 
 
 def _blank(title: str, xlabel: str) -> tuple[Figure, Axes]:

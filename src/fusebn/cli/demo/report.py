@@ -13,6 +13,7 @@ from fusebn.cli.demo import figures
 from fusebn.cli.demo.digits import Digits
 from fusebn.cli.demo.findings import Finding, percent
 from fusebn.cli.demo.network import First
+from fusebn.cli.demo.quantized import Quantization
 from fusebn.cli.demo.schedule import BATCH
 from fusebn.cli.demo.watch import History
 
@@ -35,6 +36,7 @@ def write(
     history: History,
     channels: list[int],
     shown: list[Finding],
+    last_act: Quantization | None,
 ) -> None:
     """Write the page: the figures, and the same tables as in the terminal."""
     template = resources.files("fusebn.cli.demo").joinpath("report.html").read_text("utf-8")
@@ -57,6 +59,7 @@ def write(
         convergence_table=_table(convergence),
         activations="\n".join(figures.activations(first, summary.training.images)),
         mistakes="\n".join(_section(finding) for finding in mistakes),
+        quantization=_quantization(last_act) if last_act else "",
     )
     path.write_text(page, "utf-8")
 
@@ -65,6 +68,15 @@ def _section(finding: Finding) -> str:
     return (
         f"<section><h2>{escape(finding.title)}</h2><p>{escape(finding.lesson)}</p>"
         f"{_table(finding)}</section>"
+    )
+
+
+def _quantization(last_act: Quantization) -> str:
+    tuning, folding = last_act.findings
+    pair = "\n".join(figures.quantization(last_act))
+    return (
+        f"<section><h2>{escape(tuning.title)}</h2><p>{escape(tuning.lesson)}</p>"
+        f'<div class="pair">{pair}</div>{_table(tuning)}</section>{_section(folding)}'
     )
 
 

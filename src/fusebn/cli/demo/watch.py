@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +15,9 @@ from fusebn.cli.demo.digits import Digits
 from fusebn.cli.demo.findings import Finding, percent
 from fusebn.cli.demo.network import Array, Network, accuracy
 from fusebn.cli.demo.schedule import steps_per_epoch
+
+if TYPE_CHECKING:
+    from fusebn.cli.demo.quantized import Quantization
 
 
 @dataclass
@@ -77,3 +80,4 @@ class Study(NamedTuple):
     network: Network
     history: History
     findings: list[Finding]
+    quantization: Quantization | None = None  # the last act, where there is one

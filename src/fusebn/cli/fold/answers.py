@@ -25,7 +25,7 @@ Array = NDArray[Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
 # By how much an answer may move, as a share of the largest of its output. Rounding stays far below:
-# all of ResNet-50's 53 folds come to 7e-7 in float32 and 7e-4 in float16. A wrong fold is far above.
+# the 53 folds of a ResNet-50 come to 7e-7 in float32, 7e-4 in float16. A wrong fold is far above.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 # An argmax may turn over at a tie.
 _SHARE_OF_INTEGERS = 0.01

@@ -10,7 +10,9 @@ from fusebn.cli.demo.findings import batch_size_one, inference_leaves_no_trace
 from fusebn.cli.demo.network import DENSE
 from fusebn.cli.demo.numpy.findings import forgotten_update, reloaded
 from fusebn.cli.demo.numpy.network import Network
+from fusebn.cli.demo.numpy.quantized import Quantizable
 from fusebn.cli.demo.numpy.training import train
+from fusebn.cli.demo.quantized import BITS, quantization
 from fusebn.cli.demo.watch import Course, Study, watch
 
 FRAMEWORK = f"NumPy {np.__version__}"
@@ -37,4 +39,12 @@ def study(course: Course, model: Path) -> Study:
             batch_size_one(network, held_out),
             reloaded(network, held_out, model),
         ],
+        quantization(
+            network.first(),
+            lambda: Quantizable(network),
+            course,
+            "transforms_active is an array of rank 0 that all layers read at each call.",
+            "fusebn.fold, by what effective_variables() returns.",
+            bits=(*BITS, 3),
+        ),
     )

@@ -9,21 +9,27 @@ import numpy as np
 from fusebn.cli.demo.digits import Digits
 from fusebn.cli.demo.network import Array
 from fusebn.cli.demo.numpy.network import Network
-from fusebn.cli.demo.schedule import batches
+from fusebn.cli.demo.schedule import RATE, batches
 
 
 def train(
-    network: Network, digits: Digits, epochs: int, seed: int, *, update: bool = True
+    network: Network,
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    *,
+    update: bool = True,
+    rate: float = RATE,
 ) -> Iterator[float]:
     """Train, and yield the loss of each step.
 
     `update` False is a mistake made for show: batches normalize, but no moving average learns.
     """
     adam = Adam()
-    for (images, labels), rate in batches(digits, epochs, seed):
+    for (images, labels), now in batches(digits, epochs, seed, rate):
         logits = network(images, training=True, update=update)
         loss, dlogits = cross_entropy(logits, labels)
-        adam.step(rate, network.backward(dlogits))
+        adam.step(now, network.backward(dlogits))
         yield loss
 
 

@@ -13,8 +13,10 @@ with hushed():  # whatever that level, it greets whoever imports it
 
 from fusebn.cli.demo.findings import batch_size_one, inference_leaves_no_trace
 from fusebn.cli.demo.network import DENSE
+from fusebn.cli.demo.quantized import quantization
 from fusebn.cli.demo.tensorflow.findings import forgotten_updates, one_op_a_layer, restored
 from fusebn.cli.demo.tensorflow.network import Network
+from fusebn.cli.demo.tensorflow.quantized import Quantizable
 from fusebn.cli.demo.watch import Course, Study, watch
 
 FRAMEWORK = f"TensorFlow {tf.__version__}"
@@ -31,6 +33,13 @@ def study(course: Course, model: Path) -> Study:
     losses = forgetful.train(training, epochs, seed, update=False)
     watch("no update", forgetful, losses, course)
     watch("in place", in_place, in_place.train(training, epochs, seed), course)
+    quantizable = Quantizable(seed)
+
+    def as_trained() -> Quantizable:
+        quantizable.restore(model)
+        quantizable.bits = 0
+        return quantizable
+
     return Study(
         network,
         history,
@@ -44,6 +53,14 @@ def study(course: Course, model: Path) -> Study:
             ),
             forgotten_updates(network, forgetful, in_place, training, held_out),
             batch_size_one(network, held_out),
-            restored(network, held_out, model),
+            restored(network, quantizable, held_out, model),
         ],
+        quantization(
+            network.first(),
+            as_trained,
+            course,
+            "The number of bits is a placeholder: one graph trains and infers in floating point "
+            "and with any of them.",
+            "fusebn.fold, by the variables of a session.",
+        ),
     )

@@ -58,9 +58,10 @@ def forgotten_updates(
     )
 
 
-def restored(network: Network, digits: Digits, model: Path) -> Finding:
+def restored(network: Network, fresh: Network, digits: Digits, model: Path) -> Finding:
     """Save a checkpoint, restore it into a fresh graph, and compare the predictions."""
     network.save(model)
+    fresh.restore(model)
     files = list(model.parent.glob(f"{model.name}.*"))
     return findings.reloaded(
         "Saved, and restored into a fresh graph",
@@ -68,5 +69,5 @@ def restored(network: Network, digits: Digits, model: Path) -> Finding:
         f"gave them ({', '.join(name for name in network.state() if 'hidden0' in name)}).",
         {"bytes in the files": f"{sum(file.stat().st_size for file in files):,}"},
         network.logits(digits.images),
-        Network.load(model).logits(digits.images),
+        fresh.logits(digits.images),
     )

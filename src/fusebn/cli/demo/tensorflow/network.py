@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from fusebn.cli.demo.digits import Digits
 from fusebn.cli.demo.network import CORRECTION, DECAY, EPSILON, WIDTHS, Array, First
-from fusebn.cli.demo.schedule import batches
+from fusebn.cli.demo.schedule import RATE, batches
 from fusebn.tensorflow import layers
 
 v1 = tf.compat.v1
@@ -31,7 +31,12 @@ def dense(x: Any, width: int) -> Any:
 class Network:
     """A graph that trains and infers, and a session with its variables."""
 
-    def __init__(self, seed: int, updates_collections: str | None = UPDATE_OPS) -> None:
+    def __init__(
+        self,
+        seed: int,
+        updates_collections: str | None = UPDATE_OPS,
+        quantizers: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         with tf.Graph().as_default() as self.graph:
             v1.set_random_seed(seed)
             self.images = v1.placeholder(tf.float32, [None, WIDTHS[0]], "images")
@@ -39,6 +44,7 @@ class Network:
             self.rate = v1.placeholder(tf.float32, [], "rate")
             self.is_training = v1.placeholder_with_default(False, [], "is_training")
 
+            options = quantizers()
             x = self.images
             for i, width in enumerate(WIDTHS[1:-1]):
                 with v1.variable_scope(f"hidden{i}"):
@@ -51,11 +57,12 @@ class Network:
                         updates_collections=updates_collections,
                         is_training=self.is_training,
                         correction=CORRECTION,
+                        **options,
                     )
             with v1.variable_scope("last"):
                 self._logits = dense(x, WIDTHS[-1])
 
-            self._variables = {v.op.name: v for v in v1.global_variables()}
+            self.variables = {v.op.name: v for v in v1.global_variables()}
             losses = tf.nn.sparse_softmax_cross_entropy_with_logits(self.labels, self._logits)
             self.loss = tf.reduce_mean(losses)
             self.step = v1.train.AdamOptimizer(self.rate).minimize(self.loss)
@@ -65,21 +72,32 @@ class Network:
             self.session.run(v1.global_variables_initializer())
 
     def train(
-        self, digits: Digits, epochs: int, seed: int, *, update: bool = True
+        self,
+        digits: Digits,
+        epochs: int,
+        seed: int,
+        *,
+        update: bool = True,
+        rate: float = RATE,
     ) -> Iterator[float]:
         """Train, and yield the loss of each step.
 
         `update` False is a mistake made for show: nobody runs UPDATE_OPS.
         """
         fetches = [self.loss, self.step, *(self.updates if update else [])]
-        for batch, rate in batches(digits, epochs, seed):
+        for batch, now in batches(digits, epochs, seed, rate):
             feed = {
                 self.images: batch.images,
                 self.labels: batch.labels,
-                self.rate: rate,
+                self.rate: now,
                 self.is_training: True,
+                **self.fed(),
             }
             yield float(self.session.run(fetches, feed)[0])
+
+    def fed(self) -> dict[Any, Any]:
+        """Return what is fed besides."""
+        return {}
 
     def recalibrate(self, digits: Digits) -> None:
         """Run UPDATE_OPS, and nothing else, over the digits once."""
@@ -106,28 +124,25 @@ class Network:
                 reason = error.message.partition("\n\t [[")[0].splitlines()[-1]
                 raise OSError(reason) from error
 
-    @classmethod
-    def load(cls, path: Path) -> Network:
-        """Return the network that `save` wrote, in a new graph."""
-        network = cls(seed=0)
-        with network.graph.as_default():
-            network.saver.restore(network.session, str(path))
-        return network
+    def restore(self, path: Path) -> None:
+        """Take over the variables that `save` wrote."""
+        with self.graph.as_default():
+            self.saver.restore(self.session, str(path))
 
     # What the report asks of a network.
 
     def first(self) -> First:
         """See :class:`fusebn.cli.demo.network.Network`."""
         names = ("kernel", "BatchNorm/moving_mean", "BatchNorm/moving_variance")
-        return First(*self.session.run([self._variables[f"hidden0/{name}"] for name in names]))
+        return First(*self.session.run([self.variables[f"hidden0/{name}"] for name in names]))
 
     def logits(self, images: Array, *, training: bool = False) -> Array:
         """See :class:`fusebn.cli.demo.network.Network`."""
-        feed = {self.images: images, self.is_training: training}
+        feed = {self.images: images, self.is_training: training, **self.fed()}
         logits: Array = self.session.run(self._logits, feed)
         return logits
 
     def state(self) -> dict[str, bytes]:
         """See :class:`fusebn.cli.demo.network.Network`."""
-        values = self.session.run(self._variables)
+        values = self.session.run(self.variables)
         return {name: values[name].tobytes() for name in values if "BatchNorm" in name}

@@ -8,6 +8,7 @@ import torch
 
 from fusebn.cli.demo.findings import inference_leaves_no_trace
 from fusebn.cli.demo.images import EPOCHS, RESIDUAL
+from fusebn.cli.demo.quantized import quantization
 from fusebn.cli.demo.torch.findings import (
     before_and_after,
     folded,
@@ -15,6 +16,7 @@ from fusebn.cli.demo.torch.findings import (
     loaded_without_fusebn,
 )
 from fusebn.cli.demo.torch.network import Network
+from fusebn.cli.demo.torch.quantized import Quantizable
 from fusebn.cli.demo.watch import Course, Study, watch
 
 __all__ = ["EPOCHS", "FRAMEWORK", "MODEL", "NETWORK", "study"]
@@ -45,4 +47,11 @@ def study(course: Course, model: Path) -> Study:
             frozen(training),
             loaded_without_fusebn(fused, held_out, model),
         ],
+        quantization(
+            fused.first(),
+            lambda: Quantizable(fused),
+            course,
+            "transforms_active is a tensor that all modules read at each call.",
+            "fusebn.torch.fold folds a whole model; what else its batch norms did stays.",
+        ),
     )

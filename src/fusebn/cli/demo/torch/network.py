@@ -86,11 +86,13 @@ class Network:
             self.model.parameters(), lr=RATE, momentum=NESTEROV, nesterov=True
         )
 
-    def train(self, digits: Digits, epochs: int, seed: int) -> Iterator[float]:
+    def train(
+        self, digits: Digits, epochs: int, seed: int, *, rate: float = RATE
+    ) -> Iterator[float]:
         """Train, and yield the loss of each step."""
-        for batch, rate in batches(digits, epochs, seed):
+        for batch, now in batches(digits, epochs, seed, rate):
             for group in self._optimizer.param_groups:
-                group["lr"] = rate * OVER_ADAM
+                group["lr"] = now * OVER_ADAM
             yield self.step(tensor_of(batch.images), torch.from_numpy(batch.labels))
 
     def step(self, images: Tensor, labels: Tensor) -> float:
