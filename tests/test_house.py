@@ -160,8 +160,9 @@ ADAPTER_ARROWS = {
             "_verbs",
         },
         "_merging": {"_portable"},
-        "_ops": {"_arguments", "_kernels", "_library", "_native", "_portable"},
-        "_library": {"_arguments", "_kernels", "_portable", "_transforms", "_verbs"},
+        "_ops": {"_arguments", "_gpu", "_kernels", "_library", "_native", "_portable"},
+        "_library": {"_arguments", "_gpu", "_kernels", "_portable", "_transforms", "_verbs"},
+        "_gpu": {"_arguments", "_kernels", "_portable", "triton"},
         "_transforms": set(),
         "_verbs": {"_arguments", "_core", "_kernels", "_portable"},
         "_kernels": {"_arguments", "_core", "_portable", "_spec"},
@@ -212,6 +213,26 @@ ADAPTER_ARROWS = {
         "_native": {"_arguments", "_portable", "_spec"},
         "_arguments": {"_spec"},
         "_portable": set(),
+    },
+    "triton": {
+        "__init__": {"_fused", "_verbs"},
+        "_fused": {"_plan", "_verbs"},
+        "_verbs": {
+            "_backward",
+            "_moments",
+            "_normalize",
+            "_plan",
+            "_resident_backward",
+            "_resident_forward",
+        },
+        "_resident_forward": {"_held", "_moments", "_tiles"},
+        "_resident_backward": {"_backward", "_held", "_tiles"},
+        "_backward": {"_tiles"},
+        "_normalize": {"_tiles"},
+        "_moments": {"_tiles"},
+        "_held": set(),
+        "_tiles": set(),
+        "_plan": set(),
     },
     "jax": {
         "__init__": {"_ops", "_spec", "functional"},
@@ -272,7 +293,7 @@ ADAPTER_ARROWS = {
 }
 FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
 # What an adapter may import besides its own framework: libraries on it, or the backends under it.
-BESIDE = {"jax": {"flax"}, "keras": {"tensorflow", "torch"}}
+BESIDE = {"triton": {"torch"}, "jax": {"flax"}, "keras": {"tensorflow", "torch"}}
 
 
 def imports_of(path: Path) -> set[str]:

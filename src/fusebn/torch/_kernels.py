@@ -59,7 +59,7 @@ def block(y: Tensor, axis: int) -> tuple[int, int, int]:
 def positions(operation: str, y: Tensor, weights: Tensor, axis: int) -> Tensor:
     """Lay out weights in the order of y's memory, one for each position."""
     weights = weights.expand([1 if i == axis else n for i, n in enumerate(y.shape)])
-    if weights.numel():
+    if weights.numel() and weights.is_cpu:  # what another device has, would have to be waited for
         least, most = (bound.item() for bound in weights.aminmax())
         if not (least >= 0 and most < math.inf):
             got = f"{least if least < 0 else most}"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusebn.torch import _kernels, _portable
+from fusebn.torch import _gpu, _kernels, _portable
 from fusebn.torch._arguments import stat_type
 from fusebn.torch._portable import NAMES, BatchNorm, Gradient, Options
 from fusebn.torch._transforms import Op, Rule
@@ -77,6 +77,10 @@ def _batch_norm_kernel(
         returned[0], returned[1], batch.numpy(),
     )  # fmt: skip
     return y, *returned, batch, count.fill_(total)
+
+
+torch.library.impl("fusebn::batch_norm", "CUDA", lib=_library)(_gpu.batch_norm)
+torch.library.impl("fusebn::batch_norm_backward", "CUDA", lib=_library)(_gpu.batch_norm_backward)
 
 
 @torch.library.register_fake("fusebn::batch_norm", lib=_library)
@@ -183,7 +187,6 @@ def _normalization(
     return Normalization(out, x, batch[0], rstd, scale, offset, residual, Options(**options))
 
 
-@torch.library.impl("fusebn::moments", "CPU", lib=_library)
 def _moments_kernel(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tuple[Tensor, ...]:
     kept = [axis for axis in range(x.ndim) if axis not in axes]
     shape = [x.shape[axis] for axis in kept]
@@ -192,8 +195,14 @@ def _moments_kernel(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tu
         if weights is not None:
             weights = weights.permute(*kept, *axes)
             weights = weights.reshape(1, *weights.shape[len(kept) :])
-    count, mean, m2 = _kernels.moments(x, kept[0] if len(kept) == 1 else 0, weights)
-    return mean.new_full((), count), mean.reshape(shape), m2.reshape(shape)
+    verb = _kernels.moments if x.is_cpu else _gpu.moments
+    count, mean, m2 = verb(x, kept[0] if len(kept) == 1 else 0, weights)
+    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
+    return count, mean.reshape(shape), m2.reshape(shape)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("fusebn::moments", _device, lib=_library)(_moments_kernel)
 
 
 @torch.library.register_fake("fusebn::moments", lib=_library)

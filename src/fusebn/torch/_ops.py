@@ -3,6 +3,7 @@
 - A plain tensor of the CPU, in eager mode, takes `FusedBatchNorm`, which spares PyTorch's
   dispatcher.
 - What compilers, exporters and ``torch.func`` are to see goes through the ops of `_library`.
+- On a CUDA device the ops are those of `_gpu`, where that is wanted.
 - On other devices it is PyTorch's own kernels, in `_native`.
 
 Every tensor that arrives here has been checked: parameters and statistics have one value a channel
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from fusebn.torch import _kernels, _library, _native, _portable
+from fusebn.torch import _gpu, _kernels, _library, _native, _portable
 from fusebn.torch._arguments import stat_type
 from fusebn.torch._portable import Moments, Options
 
@@ -134,6 +135,10 @@ _apply = super(torch.autograd.Function, FusedBatchNorm).apply
 # ---- for everyone ----
 
 
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cpu or _gpu.serves(x)
+
+
 def batch_norm(
     x: Tensor,
     scale: Tensor | None,
@@ -146,7 +151,7 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, mean and variance, all differentiable."""
     tensors = (x, scale, offset, mean, variance, residual, weights)
-    if not x.is_cpu:
+    if not _has_kernels(x):
         return _native.batch_norm(*tensors, options)
     y, mean, variance, *_ = _library.batch_norm(*tensors, **options._asdict())
     return y, mean, variance
@@ -171,7 +176,7 @@ def batch_norm_updating(
         if y is not None:
             return y
     tensors = (x, scale, offset, mean, variance, residual, weights)
-    if not x.is_cpu:
+    if not _has_kernels(x):
         return _native.batch_norm_updating(*tensors, options)
     return _through_op(*tensors, options)  # type: ignore[no-any-return]
 
@@ -216,7 +221,7 @@ def batch_norm_backward(
 
     `batch` is the mean and biased variance that normalized x, in float64.
     """
-    if dy.is_cpu:
+    if _has_kernels(dy):
         return _library.batch_norm_backward(
             dy, dmean, dvariance, batch, *tensors, **options._asdict()
         )
@@ -225,6 +230,6 @@ def batch_norm_backward(
 
 def moments(x: Tensor, axes: tuple[int, ...], weights: Tensor | None) -> Moments:
     """Return count, mean and m2 over `axes`, sorted and counted from the front, in float64."""
-    if not x.is_cpu:
+    if not _has_kernels(x):
         return Moments(*_portable.moments(x, list(axes), weights))
     return Moments(*_library.moments(x, weights, axes=list(axes)))

@@ -13,8 +13,8 @@ unpacked: `opaque`.
 The barrier is a counter of the team. Everybody adds 1 (release), but one adds what brings the sum
 of all to 2^31, so that the top bit flips exactly when the last has come; everybody waits for that
 (acquire). It needs no reset. Waiting is safe because all programs run at the same time: the launch
-is cooperative, and the driver refuses it if they do not fit. Partial results of a strip have a place
-of their own, so nobody writes what others may still read.
+is cooperative, and the driver refuses it if they do not fit. Partial results of a strip have a
+place of their own, so nobody writes what others may still read.
 """
 
 import triton
