@@ -23,7 +23,7 @@ NONFINITE = ("propagate", "skip", "raise")
 class _Batch(NamedTuple):
     """The statistics of a batch, as float64."""
 
-    count: float
+    count: float  # type: ignore[assignment]  # a field, not a tuple's count
     mean: Array
     variance: Array  # biased
 
@@ -328,7 +328,8 @@ class BatchNorm:
             self._update(batch or _Batch(count, *normalizers))
         self._last = _Call(
             x,
-            *normalizers,
+            normalizers[0],
+            normalizers[1],
             by_batch,
             residual,
             weights,
@@ -642,14 +643,16 @@ class BatchNorm:
         config = self._arguments()
         if not self.transforms:
             return config
+        written = {}
         for name, transform in self.transforms.items():
             if type(transform) is not FakeQuantize:
                 fix = "Clear layer.transforms, and set them again when the layer is loaded."
                 expected, got = "be a FakeQuantize, to be written down", repr(transform)
                 argument = f"transforms[{name!r}]"
                 _spec.fail(TypeError, "BatchNorm.config", argument, expected, got, fix)
+            written[name] = transform.config()
         return config | {
-            "transforms": {name: of.config() for name, of in self.transforms.items()},
+            "transforms": written,
             "transforms_active": bool(self.transforms_active),
             "transform_batch_statistics": self.transform_batch_statistics,
         }

@@ -74,7 +74,7 @@ class Settings(NamedTuple):
     @property
     def largest(self) -> int:
         """The largest q."""
-        return 2 ** (self.bits - self.symmetric) - 1
+        return int(2 ** (self.bits - self.symmetric)) - 1
 
     @property
     def least(self) -> int:

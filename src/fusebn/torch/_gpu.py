@@ -51,7 +51,7 @@ def batch_norm(
             triton.Block(*_kernels.block(y, o.axis)),
             triton.Normalization(*_normalization(y, scale, offset, residual, weights, o)),
             None if mean is None or variance is None else (mean, variance),
-            triton.Returned(mean, variance, *returned, o.correction, o.factor),
+            triton.Returned(mean, variance, returned[0], returned[1], o.correction, o.factor),
             y,
         )
     return y, *returned, found.batch, found.count
@@ -100,7 +100,7 @@ def batch_norm_backward(
             dresidual,
             dscale,
             doffset,
-            None if dgiven[0] is None else (dgiven[0], dgiven[1]),
+            None if dgiven[0] is None or dgiven[1] is None else (dgiven[0], dgiven[1]),
         )
     return dx, *vectors, x.new_empty([0]) if dresidual is None else dresidual
 

@@ -45,7 +45,7 @@ class Normalization(NamedTuple):
 class Statistics(NamedTuple):
     """Of a batch, or given: what normalized x."""
 
-    count: Tensor  # [], float64
+    count: Tensor  # type: ignore[assignment]  # [], float64
     batch: Tensor  # [2, channels], float64: mean and biased variance
 
 

@@ -49,7 +49,8 @@ class Blocks:
 
         moving = dict(zip(("mean", "var"), self._averages, strict=True))
         compiled, held = jax.jit(run), (self._params, moving, True, self._x, self._dy)
-        return lambda: jax.block_until_ready(compiled(*held))
+        ready: Callable[[Any], Any] = jax.block_until_ready
+        return lambda: ready(compiled(*held))
 
     def answer(self, step: Step, result: Any) -> Answer:
         """See Peer."""

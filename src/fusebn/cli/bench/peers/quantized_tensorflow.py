@@ -67,7 +67,7 @@ class Blocks:
         """See Peer."""
         feed = {self._active: True, self._training: True}
         found = self._session.run(self._targets[step.name], feed)
-        return quantized.answer(*found, self._case.axis)
+        return quantized.answer(found[0], found[1], self._case.axis)
 
     def _initializers(self) -> dict[str, Any]:
         given = {"gamma": self._data.scale, "beta": self._data.offset}

@@ -13,6 +13,7 @@ from fusebn.cli.bench.answers import Answer
 from fusebn.cli.bench.cases import EPSILON, Case, Data
 from fusebn.cli.bench.peers import quantized
 from fusebn.cli.bench.peers.torch import Torch
+from fusebn.cli.bench.resnet import channels_last
 from fusebn.cli.bench.suites import Step
 from fusebn.quantize import FakeQuantize
 
@@ -44,9 +45,10 @@ class Blocks:
 
     def answer(self, step: Step, result: Any) -> Answer:
         """See Peer."""
-        return quantized.answer(*map(self._peer.array, result), self._case.axis)
+        y, dx = map(self._peer.array, result)
+        return quantized.answer(y, dx, self._case.axis)
 
-    def _block(self, step: str) -> nn.Module:
+    def _block(self, step: str) -> Any:
         channels = self._case.block[1]
         convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         norm = fbt.BatchNorm2d(
@@ -62,7 +64,7 @@ class Blocks:
             convolution.weight.copy_(kernel.permute(3, 2, 0, 1))
             norm.weight.copy_(torch.from_numpy(self._data.scale))
             norm.bias.copy_(torch.from_numpy(self._data.offset))
-        return nn.Sequential(convolution, norm).to(memory_format=torch.channels_last)
+        return channels_last(nn.Sequential(convolution, norm))
 
 
 create = Blocks
