@@ -498,6 +498,13 @@ def lambda_of(call: Any, module: Any) -> Any:
     return Shown()
 
 
+def test_what_they_return_may_have_another_dtype() -> None:
+    x = random(4, 3, 2, 2)
+    made = [torch.zeros(3, dtype=of) for of in (FLOAT64, torch.float32, torch.int64, torch.bool)]
+    results = [layer(transforms={"offset": lambda _, zeros=zeros: zeros})(x) for zeros in made]
+    assert all(y.equal(results[0]) and y.dtype is FLOAT64 for y in results)
+
+
 def test_the_call_overrides_the_module() -> None:
     x = random(4, 3, 2, 2)
     module = layer(transforms={"offset": torch.zeros_like}).eval()

@@ -42,7 +42,7 @@ array_ops = Ops(
     isfinite=torch.isfinite,
     reshape=torch.reshape,
     stop_gradient=lambda x: x.detach(),
-    cast=lambda x, dtype: x.to(getattr(torch, dtype)),
+    cast=lambda x, dtype: x if _NAMES.get(x.dtype) == dtype else x.to(getattr(torch, dtype)),
     scalar=lambda value, like: like.new_full((), value),
     dtype=lambda x: _NAMES[x.dtype],
     rounded=lambda x: x,  # every operation is, in a compiled program too

@@ -53,12 +53,22 @@ class Transforms(torch.nn.Module):
     def __len__(self) -> int:
         return len(self.keys())
 
+    def state(self) -> Iterator[Tensor]:
+        """Yield the tensors in which modules write down what they observed."""
+        for module in self._modules.values():
+            if module is not None and _has_state(module):
+                yield from module.buffers()
+
     def extra_repr(self) -> str:
         """Return the functions that are no modules, which are shown as children."""
         return "\n".join(f"({name}): {function!r}" for name, function in self._functions.items())
 
 
 Mapping.register(Transforms)
+
+
+def _has_state(transform: Any) -> bool:
+    return getattr(transform, "has_state", True)
 
 
 class Through(NamedTuple):
@@ -88,7 +98,7 @@ class Through(NamedTuple):
             return step
 
         def whole(*arguments: Any) -> Tensor:
-            before = [(buffer, buffer.clone()) for buffer in self.transforms.buffers()]
+            before = [(buffer, buffer.clone()) for buffer in self.transforms.state()]
             try:
                 return step(*arguments)
             except BaseException:
@@ -103,7 +113,7 @@ class Through(NamedTuple):
         unused = self._replace(active=False)
         for name, vector in (("moving_mean", mean), ("moving_variance", variance)):
             transform = self.transforms.get(name)
-            if isinstance(transform, Transform) and getattr(transform, "has_state", True):
+            if isinstance(transform, Transform) and _has_state(transform):
                 unused(name, vector)
 
     def of_batch(self, mean: Tensor, variance: Tensor, stat: torch.dtype) -> tuple[Tensor, Tensor]:

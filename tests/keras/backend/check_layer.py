@@ -14,7 +14,7 @@ from steps import BACKEND, chosen, numpy, step
 import cases
 from conftest import Array, assert_forward, assert_gradients, away_from_kinks, frozen
 from fusebn import _reference as reference
-from fusebn.keras import BatchNormalization, _fuse, layers
+from fusebn.keras import BatchNormalization, _fold, _fuse, _quantize, layers
 
 IMAGES = (6, 4, 3, 5)
 
@@ -391,7 +391,9 @@ def test_a_residual_is_checked_while_a_model_is_built() -> None:
         BatchNormalization()(x, residual=other)
 
 
-@pytest.mark.parametrize("module", [layers, _fuse], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [layers, _fold, _fuse, _quantize], ids=lambda module: module.__name__
+)
 def test_examples(module: Any) -> None:
     failed, tried = doctest.testmod(module)
     assert tried
