@@ -67,7 +67,7 @@ class BatchNorm(nnx.BatchNorm):
     transforms, transforms_active, transform_batch_statistics
         As in :class:`fusebn.jax.linen.BatchNorm`. Transforms may be modules of NNX, whose variables
         are then the layer's too. `transforms_active` may also be an ``nnx.Variable``: that, or an
-        array, must come here if it is not to stay a bool, which NNX takes for a part of the program.
+        array, must come here if it is not to stay a bool, which NNX takes as a constant.
 
     Raises
     ------
