@@ -93,6 +93,7 @@ def assert_last_act(demo: Demo, *bits: int) -> None:
         assert tuned.same == "360 of 360"
         assert 0 < tuned.difference < 1e-4
     assert len({tuned.in_float for tuned in found.values()}) == 1
+    assert len(set(found.values())) == len(bits)  # so they were switched on
 
 
 def printed_rows(text: str) -> list[list[str]]:

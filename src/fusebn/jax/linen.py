@@ -64,7 +64,8 @@ class BatchNorm(linen.BatchNorm, kw_only=True):
         ``{"scale": fusebn.quantize.FakeQuantize(8)}``, or the :class:`FakeQuantize` that is here.
     transforms_active : bool, or boolean array of rank 0
         Whether the transforms apply. It may be traced: then one compiled program serves both.
-        Without them the results are those of a layer without transforms, bit for bit.
+        Without them the results are those of a layer without transforms: bit for bit, except that
+        XLA may round otherwise along `axis_name`, or where a mask differs between features.
     transform_batch_statistics : bool
         Whether, unless the running averages are used, the batch's mean and biased variance go
         through the transforms of the moving ones before they normalize x. The running averages take

@@ -66,7 +66,8 @@ class BatchNorm(nnx.BatchNorm):
         them, as in Flax, or they stay as they are. It touches no other channel in any case.
     transforms, transforms_active, transform_batch_statistics
         As in :class:`fusebn.jax.linen.BatchNorm`. Transforms may be modules of NNX, whose variables
-        are then the layer's too; `transforms_active` may also be an ``nnx.Variable``.
+        are then the layer's too. `transforms_active` may also be an ``nnx.Variable``: that, or an
+        array, must come here if it is not to stay a bool, which NNX takes as a constant.
 
     Raises
     ------

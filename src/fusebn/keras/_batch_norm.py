@@ -47,10 +47,14 @@ class Call:
         own, vectors = transforms.replace_batch(), self.averages[:2]
         if own is not False:
             counted, *found = self._statistics(x)
-            own = both(own, counted)
+            # Replicas cannot add up inside a cond; but they normalize by given statistics anyway.
+            own = transforms.training if self.synchronized else both(own, counted)
             vectors = tuple(choose(own, *pair) for pair in zip(found, vectors, strict=True))
         names = "moving_mean", "moving_variance"
         given = tuple(transforms(*pair) for pair in zip(names, vectors, strict=True))
+        if own is not False and self.synchronized:
+            forgotten = ops.logical_and(own, ops.logical_not(counted))
+            given = given[0], ops.where(forgotten, math.inf, given[1])
         call = replace(
             self,
             scale=transforms("scale", self.scale),

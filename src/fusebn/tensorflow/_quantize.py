@@ -50,7 +50,7 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
     The variables are made by the first call, since they are shaped by x; ``tf.train.Checkpoint``
     restores them also where they are made later. In a ``tf.compat.v1`` graph they are among its
     ``GLOBAL_VARIABLES``, and they are updated when the result is run; another graph needs another
-    FakeQuantize.
+    FakeQuantize. Under a ``tf.distribute`` strategy each replica observes what it is given.
 
     Examples
     --------
@@ -124,10 +124,9 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
         # Outside of the tf.function that is being traced, if one is.
         with tf.init_scope(), self.name_scope:
             if self.settings.limits == _quantization.MOVING:
-                zeros = tf.zeros(shape, dtype)
-                self.low = tf.Variable(zeros, trainable=False, name="low")
-                self.high = tf.Variable(zeros, trainable=False, name="high")
-            self.steps = tf.Variable(0, trainable=False, dtype=tf.int64, name="steps")
+                self.low = _variable("low", tf.zeros(shape, dtype))
+                self.high = _variable("high", tf.zeros(shape, dtype))
+            self.steps = _variable("steps", tf.zeros([], tf.int64))
 
     def _take(self, new: State) -> list[Any]:
         """Return the updates of the state; they are done already, but in a graph of v1."""
@@ -140,3 +139,14 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
         """Return the arguments that construct one like this."""
         config: dict[str, Any] = self.settings._asdict()
         return config
+
+
+def _variable(name: str, value: Any) -> Any:
+    """Return a variable, of which each replica has its own, as it has of the layers' averages."""
+    return tf.Variable(
+        value,
+        trainable=False,
+        name=name,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )

@@ -36,7 +36,12 @@ def split(array: Any) -> Any:
     )
 
 
-for options in ({}, {"renorm": True}, {"activation": "relu", "momentum": 0.0}):
+transformed = {
+    "transforms": {"moving_mean": lambda v: v + tf.sin(v), "moving_variance": lambda v: 2 * v},
+    "transform_batch_statistics": True,
+}
+every: Any = ({}, {"renorm": True}, {"activation": "relu", "momentum": 0.0}, transformed)
+for options in every:
     for name, mask in masks.items():
         with strategy.scope():
             layer = BatchNormalization(synchronized=True, **options)
