@@ -101,4 +101,4 @@ def test_the_public_functions_reach_it() -> None:
     assert fusebn.moments(x, 0, weights=torch.ones(2, device="meta"))[0].shape == (3,)
     assert fusebn.batch_normalization(x, one, one, None, one, 0.1).shape == (2, 3)
     support = fusebn.info()["frameworks"]["torch"]["support"]
-    assert support.startswith("native kernels on the CPU; PyTorch's own on other devices (untested)")
+    assert "PyTorch's own on other devices (untested)" in support

@@ -313,8 +313,8 @@ def _quantized(
 A training step of a block: a 3x3 convolution, batch norm and ReLU, with fake
 quantization of the four variables switched on at run time; "batch statistics
 too" with transform_batch_statistics=True. A ratio is the time of a step divided
-by that of the same block without transforms; by hand is divided by our batch
-statistics too.
+by that of the same block without transforms; by hand is divided by ours with
+batch statistics too, each with the convolution or without.
 """
         + MEMORY_NOTE,
         ("16x56x56x64", "16x28x28x128", "16x14x14x256"),
@@ -334,6 +334,8 @@ QUANTIZE = (
         "tensorflow",
         ("tensorflow",),
         Step("hand", "moments and cond, by hand", "statistics"),
+        Step("alone", "fusebn, batch statistics too, no convolution", "alone"),
+        Step("hand-alone", "moments and cond, by hand, no convolution", "alone"),
     ),
     _quantized("JAX", "jax", ("jax", "flax")),
     *(

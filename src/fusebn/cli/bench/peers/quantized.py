@@ -26,7 +26,7 @@ def options(step: str, quantize: Any, active: Any) -> dict[str, Any]:
     return {
         "transforms": {name: quantize() for name in VARIABLES},
         "transforms_active": active,
-        "transform_batch_statistics": step == "statistics",
+        "transform_batch_statistics": step != "transforms",
     }
 
 

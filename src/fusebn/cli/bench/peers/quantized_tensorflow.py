@@ -51,10 +51,12 @@ class Blocks:
     def call(self, step: Step) -> Callable[[], Any]:
         """See Peer."""
         with self._graph.as_default(), v1.variable_scope(step.name, use_resource=True) as scope:
-            z = tf.nn.conv2d(self._x, self._kernel, 1, "SAME")
-            y = self._by_hand(z) if step.name == "hand" else self._layer(step.name, z)
-            variables = v1.trainable_variables(f"{scope.name}/")
-            gradients = tf.gradients(y, [self._x, self._kernel, *variables], self._dy)
+            alone = step.name.endswith("alone")
+            z = self._x if alone else tf.nn.conv2d(self._x, self._kernel, 1, "SAME")
+            by_hand = step.name.startswith("hand")
+            y = self._by_hand(z) if by_hand else self._layer(step.name, z)
+            sources = [self._x, *v1.trainable_variables(f"{scope.name}/")]
+            gradients = tf.gradients(y, sources if alone else [*sources, self._kernel], self._dy)
             updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS, f"{scope.name}/")
             mine = v1.global_variables(f"{scope.name}/")
             self._session.run([variable.initializer for variable in mine])
@@ -67,7 +69,10 @@ class Blocks:
         """See Peer."""
         feed = {self._active: True, self._training: True}
         found = self._session.run(self._targets[step.name], feed)
-        return quantized.answer(found[0], found[1], self._case.axis)
+        answer = quantized.answer(found[0], found[1], self._case.axis)
+        if step.name.endswith("alone"):  # the others have to agree with each other, not with these
+            return {f"{name} alone": array for name, array in answer.items()}
+        return answer
 
     def _initializers(self) -> dict[str, Any]:
         given = {"gamma": self._data.scale, "beta": self._data.offset}
@@ -97,7 +102,7 @@ class Blocks:
             v1.get_variable(name, shape, initializer=of, trainable=name in ("gamma", "beta"))
             for name, of in initializers.items()
         )
-        statistics = tf.nn.moments(z, [0, 1, 2])
+        statistics = list(tf.nn.moments(z, [0, 1, 2]))
         for average, batch in zip(moving, statistics, strict=True):
             update = v1.assign_sub(average, (average - batch) * 0.001)
             v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, update)
