@@ -22,7 +22,7 @@ from fusebn.keras._transformed import Transforms, both, choose
 Tensor = Any
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, and not changed by dataclasses.replace: for torch.compile
 class Call:
     """The state of a layer, as tensors of the shape of its weights, and the arguments of a call."""
 
@@ -62,7 +62,6 @@ class Call:
             "offset": transforms("offset", self.offset),
             "given": given,
         }
-        # Not dataclasses.replace, which torch.compile cannot follow.
         call = Call(**{name: getattr(self, name) for name in _FIELDS} | changed)
 
         def by_transformed() -> tuple[Tensor, tuple[Tensor, ...]]:
