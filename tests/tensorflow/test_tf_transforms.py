@@ -35,6 +35,7 @@ SPECIALS: dict[str, dict[str, Any]] = {
 ONLY: dict[str, dict[str, Any]] = {
     "batch_norm": {
         "weights": {"batch_weights": np.arange(6.0)},
+        "small weights": {"batch_weights": np.arange(6.0) / 100},
         "no weights": {"batch_weights": np.zeros(6)},
     },
     "batch_normalization": {

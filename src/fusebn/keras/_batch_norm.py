@@ -7,7 +7,7 @@ each channel (virtual batches), goes in parts.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import keras
@@ -22,7 +22,7 @@ from fusebn.keras._transformed import Transforms, both, choose
 Tensor = Any
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, and not changed by dataclasses.replace: for torch.compile
 class Call:
     """The state of a layer, as tensors of the shape of its weights, and the arguments of a call."""
 
@@ -44,6 +44,8 @@ class Call:
 
     def __call__(self, x: Tensor, transforms: Transforms) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return y, and the averages as they are to be."""
+        if not transforms.functions:
+            return self._plainly(x)
         own, vectors = transforms.replace_batch(), self.averages[:2]
         if own is not False:
             counted, *found = self._statistics(x)
@@ -55,12 +57,12 @@ class Call:
         if own is not False and self.synchronized:
             forgotten = ops.logical_and(own, ops.logical_not(counted))
             given = given[0], ops.where(forgotten, math.inf, given[1])
-        call = replace(
-            self,
-            scale=transforms("scale", self.scale),
-            offset=transforms("offset", self.offset),
-            given=given,
-        )
+        changed = {
+            "scale": transforms("scale", self.scale),
+            "offset": transforms("offset", self.offset),
+            "given": given,
+        }
+        call = Call(**{name: getattr(self, name) for name in _FIELDS} | changed)
 
         def by_transformed() -> tuple[Tensor, tuple[Tensor, ...]]:
             # The averages take up the batch as it is, to the bit.
@@ -253,3 +255,6 @@ class Call:
             ops.stop_gradient(ops.cast(new, old.dtype))
             for new, old in zip(values, self.averages, strict=True)
         )
+
+
+_FIELDS = tuple(field.name for field in fields(Call))

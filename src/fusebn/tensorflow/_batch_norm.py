@@ -178,9 +178,10 @@ class Layer:
         given = averages
         if own is not False:
             batch, biased = self._statistics(block, axis)
+            counted = both(own, batch.count > 0)
+            given = [choose(counted, *pair) for pair in zip(biased, averages, strict=True)]
             if self.weights is not None:  # an empty batch has no y that it could spoil
-                own = both(own, batch.count > 0)
-            given = [choose(own, *pair) for pair in zip(biased, averages, strict=True)]
+                own = counted
         names = "moving_mean", "moving_variance"
         new = [self.transforms(*pair) for pair in zip(names, given, strict=True)]
         # By its own statistics a batch is normalized as they are.
@@ -197,9 +198,9 @@ class Layer:
         others = [i for i in range(block.shape.rank) if i != axis]
         (count, mean, m2), _ = moments_of(self.operation, block, others, self.weights)
         count = tf.convert_to_tensor(count, tf.float64)
-        above = count > self.correction
-        rest = tf.where(above, count - self.correction, tf.maximum(count, 1))
-        batch = tf.stack([mean, m2 / tf.maximum(count, tf.cast(count > 0, count.dtype))])
+        n = tf.where(count > 0, count, tf.ones_like(count))
+        rest = tf.where(count > self.correction, count - self.correction, n)
+        batch = tf.stack([mean, m2 / n])
         mean, variance, *biased = (
             tf.cast(v, self._dtype) for v in (mean, m2 / rest, *tf.unstack(batch))
         )

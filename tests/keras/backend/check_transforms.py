@@ -232,6 +232,16 @@ def test_fit_with_a_switch_compiles_once(of_batch: bool) -> None:
         assert len(traces) == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::UserWarning:torch")
+def test_what_is_compiled_by_order() -> None:
+    # On PyTorch that asks for torch.compile, which itself warns of what PyTorch deprecates.
+    model = keras.Sequential([keras.Input((3,)), BatchNormalization(transforms=SMOOTH)])
+    model.compile("sgd", "mse", jit_compile=True)
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype("float32")
+    predicted, expected = model.predict(x, verbose=0), numpy(model(x, training=False))
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_mixed_precision() -> None:
     model = quantized(True, dtype="mixed_bfloat16")
     y = model(data()[0], training=True)
