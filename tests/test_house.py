@@ -62,7 +62,7 @@ ADAPTER_ARROWS = {
             "_spec",
             "_transforms",
         },
-        "_transformed": {"_array_ops", "_transforms"},
+        "_transformed": {"_array_ops", "_quantize", "_transforms"},
         "_array_ops": {"_ops", "_quantization"},
         "layers": {
             "_transformed",

@@ -86,6 +86,16 @@ def test_nan_stays_and_infinities_are_clipped():
     np.testing.assert_array_equal(quantize(x), np.array([np.nan, 127, -127, 3], "float32"))
 
 
+def test_what_is_not_finite_stays_in_its_place():
+    x = np.array([np.nan, 1.0, np.inf, -2.0, 0.5, -np.inf], "float32")
+    finite = np.array([0.0, 1.0, 1.0, -2.0, 0.5, -2.0], "float32")
+    for quantize in (FakeQuantize(8), FakeQuantize(8, limits="moving")):
+        y = quantize(x)
+        assert np.isnan(y[0])
+        np.testing.assert_array_equal(y[1:], quantize(finite)[1:])
+        assert (quantize.gradient(x, np.full_like(x, 3))[[1, 3, 4]] == 3).all()
+
+
 def test_nothing_but_zeros_and_less_than_a_normal_number():
     zeros = np.zeros(3, "float32")
     for symmetric in (False, True):
@@ -211,6 +221,8 @@ def test_errors_of_calls_and_states():
         FakeQuantize(axis=2)(np.zeros(3, "float32"))
     with pytest.raises(TypeError, match="`x` must be a NumPy array"):
         FakeQuantize()([1.0, 2.0])
+    with pytest.raises(TypeError, match="`x` must be an array of float16"):
+        FakeQuantize()(np.array([1, 2]))
     quantize = FakeQuantize(limits="moving")
     for state, text in (
         ({}, "have the keys steps"),

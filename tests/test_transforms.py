@@ -309,6 +309,8 @@ def test_a_state_for_other_transforms_changes_nothing():
     [
         (3, TypeError, "`transforms` must be a mapping"),
         ({"gamma": np.negative}, ValueError, "name scale, offset, moving_mean, moving_variance"),
+        ({"running_var": np.negative}, ValueError, "Here that is 'moving_variance'"),
+        ({"scale": FakeQuantize}, TypeError, "got the class FakeQuantize. Make one: FakeQuantize("),
         ({"scale": 3}, TypeError, "`transforms['scale']` must be a function"),
     ],
 )
@@ -324,7 +326,8 @@ def test_errors_of_what_they_return_name_the_variable(name, own):
     observed = "offset" if name == "scale" else "scale"
     for wrong, text in (
         (lambda v: v[:2], "must return the shape (3,) that it was given; got shape (2,)"),
-        (lambda v: float(v[0]), "must return the shape (3,) that it was given; got shape ()"),
+        (lambda v: v[0], "must return the shape (3,) that it was given; got shape ()"),
+        (lambda v: None, "must return the shape (3,) that it was given; got NoneType"),
         (lambda v: v * np.nan, "must return no NaN for what has none"),
     ):
         layer = layer_of(
@@ -333,11 +336,30 @@ def test_errors_of_what_they_return_name_the_variable(name, own):
         )
         before = state_of(layer)
         training = own or name in ("scale", "offset")
-        with pytest.raises(ValueError, match="BatchNorm") as caught:
+        with pytest.raises((ValueError, TypeError), match="BatchNorm") as caught:
             layer(batch(), training=training)
         assert f"`transforms['{name}']`" in str(caught.value)
         assert text in str(caught.value)
         assert state_of(layer) == before
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_channel_that_is_not_finite_is_lost_alone(bad, own):
+    layer = layer_of(
+        transforms=dict.fromkeys(NAMES, FakeQuantize(8)),
+        transform_batch_statistics=own,
+        nonfinite="skip",
+    )
+    x = batch()
+    wanted = layer(x, training=True)
+    x[1, 2, 1] = bad
+    y = layer(x, training=True)
+    assert np.isnan(y[..., 1]).any()
+    if not own:  # else the limits are those of two channels, not of three
+        np.testing.assert_array_equal(y[..., [0, 2]], wanted[..., [0, 2]])
+    assert np.isfinite(y[..., [0, 2]]).all()
+    assert np.isfinite(layer(batch(), training=False)).all()
 
 
 def test_what_was_nan_before_may_stay_so():

@@ -189,8 +189,8 @@ def _after_delay(ops: Ops, s: Settings, state: State | None, new: Array, old: Ar
 
 
 def _limits_of(ops: Ops, s: Settings, x: Array, state: State | None) -> tuple[Array, Array]:
-    """Return the limits that quantize x."""
-    low, high = _seen(ops, s, x)
+    """Return the limits that quantize x; its own are those of what is finite in it."""
+    low, high = _seen(ops, s, ops.where(ops.isfinite(x), x, ops.scalar(0, x)))
     if state is None or s.limits != MOVING:
         return low, high
     known = state.steps > 0  # before anything was seen, x itself is all there is

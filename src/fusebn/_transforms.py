@@ -13,6 +13,13 @@ from fusebn._quantization import Ops, choose
 
 Array = Any
 VARIABLES = ("scale", "offset", "moving_mean", "moving_variance")
+# What frameworks call them.
+_ELSEWHERE = {
+    **dict.fromkeys(("gamma", "weight"), "scale"),
+    **dict.fromkeys(("beta", "bias"), "offset"),
+    **dict.fromkeys(("mean", "running_mean"), "moving_mean"),
+    **dict.fromkeys(("var", "variance", "running_var", "moving_var"), "moving_variance"),
+}
 
 
 class Transform:
@@ -37,11 +44,15 @@ def checked(operation: str, transforms: Any) -> dict[str, Callable[..., Array]]:
     for name, transform in transforms.items():
         if name not in VARIABLES:
             expected = f"name {', '.join(VARIABLES)}"
-            _spec.fail(ValueError, operation, "transforms", expected, repr(name))
-        if not callable(transform):
+            meant = _ELSEWHERE.get(str(name))
+            fix = f"Here that is {meant!r}, in every framework." if meant else ""
+            _spec.fail(ValueError, operation, "transforms", expected, repr(name), fix)
+        if not callable(transform) or isinstance(transform, type):
             argument = f"transforms[{name!r}]"
-            got = type(transform).__name__
-            _spec.fail(TypeError, operation, argument, "be a function of a vector", got)
+            a_class = isinstance(transform, type)
+            got = f"the class {transform.__name__}" if a_class else type(transform).__name__
+            fix = f"Make one: {transform.__name__}(...)." if a_class else ""
+            _spec.fail(TypeError, operation, argument, "be a function of a vector", got, fix)
     return dict(transforms)
 
 
@@ -72,9 +83,12 @@ def apply(
     if active is False:
         return vector
     argument = f"transforms[{name!r}]"
-    shape, expected = tuple(getattr(new, "shape", ())), tuple(vector.shape)
+    expected = tuple(vector.shape)
+    wanted = f"return the shape {expected} that it was given"
+    if not hasattr(new, "shape"):
+        _spec.fail(TypeError, operation, argument, wanted, type(new).__name__)
+    shape = tuple(new.shape)
     if shape != expected:
-        wanted = f"return the shape {expected} that it was given"
         _spec.fail(ValueError, operation, argument, wanted, f"shape {shape}")
     new = ops.cast(new, ops.dtype(vector))
     # Where the transform does not apply, neither does its mistake.

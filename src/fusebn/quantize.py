@@ -23,6 +23,15 @@ Array = NDArray[Any]
 
 _NAME = "FakeQuantize"
 
+# Who has states for the arrays of a package.
+_JAX = "fusebn.jax.linen.FakeQuantize or fusebn.jax.nnx.FakeQuantize"
+_WITH_STATE = {
+    "torch": "fusebn.torch.FakeQuantize",
+    "tensorflow": "fusebn.tensorflow.FakeQuantize, or with Keras fusebn.keras.FakeQuantize",
+    "jax": _JAX,
+    "jaxlib": _JAX,
+}
+
 
 class FakeQuantize(Transform):
     """Round to the values that a few bits can say; in backward, as if nothing had been rounded.
@@ -51,7 +60,9 @@ class FakeQuantize(Transform):
         Each index of this axis has limits of its own. None: one pair for all of x.
     limits : "minmax", "moving" or (low, high)
         Where low and high come from: the least and largest of x itself, each time; their moving
-        averages over what was seen in training; or fixed numbers.
+        averages over what was seen in training; or fixed numbers. A layer's variables are whole
+        vectors, for which "minmax" is right; averages of them lag behind. "moving" is for what
+        changes with each batch.
     decay : float in [0, 1]
         Weight of the old limits in the moving ones. The first step takes what it sees. What is not
         finite changes nothing.
@@ -116,12 +127,14 @@ class FakeQuantize(Transform):
             Whether the state observes x first.
         """
         adapter = adapter_of(_NAME, x)
+        if isinstance(x, np.ndarray | np.generic):
+            _spec.element_type(_NAME, "x", x.dtype.name)
         if not self.settings.has_state:
             y, _ = _quantization.quantize(adapter.array_ops, self.settings, x, None, False)
             return y
         if not isinstance(x, np.ndarray | np.generic):
             kind = type(x)
-            fix = f"Use the FakeQuantize of the adapter for {kind.__module__.partition('.')[0]}."
+            fix = f"Use {_WITH_STATE.get(kind.__module__.partition('.')[0], 'its framework')}."
             expected = "be a NumPy array, where there is a state"
             _spec.fail(TypeError, _NAME, "x", expected, kind.__name__, fix)
         x = np.asarray(x)

@@ -387,3 +387,30 @@ def test_errors_of_values(rng: np.random.Generator) -> None:
         layers.batch_normalization(
             tf.constant(x), virtual_batch_size=2, transform_batch_statistics=True
         )
+
+
+def test_observers_are_named_by_their_place_and_not_by_their_order() -> None:
+    def names(order: list[str]) -> set[str]:
+        with tf.Graph().as_default():
+            transforms = {name: FakeQuantize(8, limits="moving") for name in order}
+            x = tf.zeros([4, 3])
+            with v1.variable_scope("net"):
+                layers.batch_norm(
+                    x, scale=True, is_training=True, scope="bn", transforms=transforms
+                )
+            return {variable.name for variable in v1.global_variables() if "low" in variable.name}
+
+    wanted = {f"net/bn/transforms/{name}/low:0" for name in ("scale", "moving_mean")}
+    assert names(["scale", "moving_mean"]) == names(["moving_mean", "scale"]) == wanted
+
+
+def test_an_observer_of_another_graph_is_refused() -> None:
+    quantize = FakeQuantize(8, limits="moving")
+    for graph in range(2):
+        with tf.Graph().as_default():
+            x = tf.zeros([4, 3])
+            if graph == 0:
+                layers.batch_norm(x, is_training=True, transforms={"offset": quantize})
+                continue
+            with pytest.raises(ValueError, match="be of the graph in which this FakeQuantize"):
+                layers.batch_norm(x, is_training=True, transforms={"offset": quantize})

@@ -50,7 +50,9 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
     The variables are made by the first call, since they are shaped by x; ``tf.train.Checkpoint``
     restores them also where they are made later. In a ``tf.compat.v1`` graph they are among its
     ``GLOBAL_VARIABLES``, and they are updated when the result is run; another graph needs another
-    FakeQuantize. Under a ``tf.distribute`` strategy each replica observes what it is given.
+    FakeQuantize. Those of a layer's transforms are named by the layer, ``bn/transforms/scale/low``;
+    where it is called again with ``reuse=True`` it is to be given the same objects. Under a
+    ``tf.distribute`` strategy each replica observes what it is given.
 
     Examples
     --------
@@ -78,6 +80,7 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
         name: str | None = None,
     ) -> None:
         super().__init__(name)
+        self._place: str | None = None
         self.settings = _quantization.settings(bits, symmetric, axis, limits, decay, delay)
 
     @unconverted
@@ -102,9 +105,14 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
         with tf.control_dependencies(self._take(new)):
             return tf.identity(y)
 
+    def belong_to(self, place: str) -> None:
+        """Have variables that are still to be made named by a place, as "bn/transforms/scale"."""
+        self._place = self._place or place
+
     def _state(self, x: Any) -> State:
         """Return the state, 0 where there is none yet."""
         shape = _quantization.state_shape(self.settings, tuple(x.shape))
+        self._check_graph()
         if self.steps is None:
             self._make_variables(shape, stat_type(x))
         steps = tf.convert_to_tensor(self.steps)
@@ -117,12 +125,21 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
             _spec.fail(ValueError, _NAME, "x", expected, f"{tuple(x.shape)}")
         return State(tf.convert_to_tensor(self.low), tf.convert_to_tensor(self.high), steps)
 
+    def _check_graph(self) -> None:
+        if self.steps is None or tf.compat.v1.executing_eagerly_outside_functions():
+            return
+        if self.steps.graph is not tf.compat.v1.get_default_graph():
+            fix = "Make another for each graph; a checkpoint takes the state along."
+            expected = "be of the graph in which this FakeQuantize was first called"
+            _spec.fail(ValueError, _NAME, "x", expected, "a tensor of another graph", fix)
+
     def _make_variables(self, shape: tuple[int, ...], dtype: Any) -> None:
         if None in shape:
             expected = f"have a known length on its axis {self.settings.axis}"
             _spec.fail(ValueError, _NAME, "x", expected, "an unknown one")
+        scope = tf.name_scope(f"{self._place}/") if self._place else self.name_scope
         # Outside of the tf.function that is being traced, if one is.
-        with tf.init_scope(), self.name_scope:
+        with tf.init_scope(), scope:
             if self.settings.limits == _quantization.MOVING:
                 self.low = _variable("low", tf.zeros(shape, dtype))
                 self.high = _variable("high", tf.zeros(shape, dtype))

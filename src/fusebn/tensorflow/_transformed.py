@@ -14,6 +14,7 @@ import tensorflow as tf
 from fusebn import _transforms
 from fusebn._transforms import Transform
 from fusebn.tensorflow._array_ops import array_ops
+from fusebn.tensorflow._quantize import FakeQuantize
 
 Tensor = Any
 
@@ -46,8 +47,13 @@ class Transforms:
     def __call__(self, name: str, vector: Tensor | None) -> Tensor | None:
         """Return a vector as it is to normalize."""
         functions = dict(self.functions)
-        if isinstance(functions.get(name), Transform):
-            functions[name] = _Noted(functions[name], self.seen)
+        function = functions.get(name)
+        if isinstance(function, FakeQuantize):
+            # By its place, not by the order in which it was made, so that a checkpoint fits.
+            scope = tf.compat.v1.get_variable_scope().name
+            function.belong_to(f"{scope}/transforms/{name}" if scope else f"transforms/{name}")
+        if isinstance(function, Transform):
+            functions[name] = _Noted(function, self.seen)
         result: Tensor | None = _transforms.apply(
             array_ops, self.operation, functions, name, vector, self.active, self.training
         )
