@@ -158,6 +158,7 @@ def test_sizes_that_are_given(old, new):
     onnx.save_model(model_of(nodes, held, ("N", "K"), **FLOAT), old)
     refused(fold(old, new), "does not run it on random input", "by --shape")
     assert not new.exists()
+    refused(fold(old, new, "--shape", "z=3x5"), "no input 'z', but 'x'")
     result = fold(old, new, "--shape", "x=3x5")
     assert result.exit_code == 0
     assert "x of shape [3, 5]" in result.output

@@ -138,6 +138,9 @@ def _answers(
     session: _Session, runner: str, model: onnx.ModelProto, shapes: Shapes
 ) -> tuple[dict[str, Array], list[Any]]:
     """Return random input that the model takes, and its answers."""
+    inputs = [value.name for value in model.graph.input]
+    if unknown := sorted(shapes.keys() - set(inputs)):
+        raise Unverified(f"it has no input {unknown[0]!r}, but {', '.join(map(repr, inputs))}")
     failure = None
     for sizes in _SIZES:
         feeds = dict(_inputs(model, sizes, shapes))
