@@ -85,7 +85,7 @@ def run(session: Any, net: Graph, x: Array, training: bool, feed: Any = None) ->
     """Return y, the gradients, and the variables afterwards."""
     wanted = [net["y"], net["gradients"], net["updates"]]
     y, gradients, _ = session.run(wanted, {net["x"]: x, net["training"]: training, **(feed or {})})
-    own = [v for v in v1.global_variables() if "quantize" not in v.name]
+    own = [v for v in v1.global_variables() if "transforms/" not in v.name]
     return [y, *gradients, *session.run(own)]
 
 
@@ -93,7 +93,7 @@ def start(session: Any) -> None:
     rng = np.random.default_rng(1)
     session.run(v1.global_variables_initializer())
     for variable in v1.global_variables():
-        if "quantize" not in variable.name and variable.shape.rank:
+        if "transforms/" not in variable.name and variable.shape.rank:
             variable.load(rng.uniform(0.5, 2, variable.shape), session)
 
 

@@ -216,7 +216,7 @@ def test_numpys_takes_tensors_where_there_is_no_state() -> None:
     for options in ({}, {"axis": 0}, {"limits": (-1.0, 3.0), "symmetric": True}):
         assert same_bits(FakeQuantize(3, **options)(tensor(x)), FakeQuantize(3, **options)(x))
     with pytest.raises(
-        TypeError, match=r"where there is a state; got Tensor. Use the FakeQuantize"
+        TypeError, match=r"where there is a state; got Tensor. Use fusebn.torch.FakeQuantize"
     ):
         FakeQuantize(delay=1)(tensor(x))
 
