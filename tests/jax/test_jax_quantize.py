@@ -243,5 +243,5 @@ def test_errors() -> None:
         observer.apply(state, x, training=1)
     with pytest.raises(ModifyScopeVariableError):
         observer.apply(state, x, training=True)
-    with pytest.raises(TypeError, match="Use fusebn.jax.linen.FakeQuantize"):
+    with pytest.raises(TypeError, match=r"Use fusebn\.jax\.linen\.FakeQuantize"):
         FakeQuantize(limits="moving")(x)

@@ -47,7 +47,7 @@ class Transforms:
     def __call__(self, name: str, vector: Tensor | None) -> Tensor | None:
         """Return a vector as it is to normalize."""
         functions = dict(self.functions)
-        function = functions.get(name)
+        function: Any = functions.get(name)
         if isinstance(function, FakeQuantize):
             # By its place, not by the order in which it was made, so that a checkpoint fits.
             scope = tf.compat.v1.get_variable_scope().name
