@@ -22,7 +22,7 @@ Tensor = Any
 class _Noted(Transform):
     """A transform with a state, which notes its results."""
 
-    def __init__(self, transform: Callable[..., Tensor], seen: list[Tensor]) -> None:
+    def __init__(self, transform: Any, seen: list[Tensor]) -> None:
         self.transform = transform
         self.seen = seen
 
