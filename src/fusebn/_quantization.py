@@ -27,7 +27,7 @@ numbers and others do not.
 
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from fusebn import _spec
 
@@ -148,6 +148,12 @@ def state_shape(s: Settings, shape: tuple[int, ...]) -> tuple[int, ...]:
         return ()
     axis = _spec.axis_of("FakeQuantize", "axis", s.axis, shape)
     return tuple(n if i == axis else 1 for i, n in enumerate(shape))
+
+
+def refuse_shape(shape: tuple[int, ...], seen: tuple[int, ...]) -> NoReturn:
+    """Refuse x whose limits have another shape than those seen, which broadcasting might hide."""
+    expected = f"have a shape whose limits are those seen before, of shape {seen}"
+    _spec.fail(ValueError, "FakeQuantize", "x", expected, f"{shape}")
 
 
 def quantize(

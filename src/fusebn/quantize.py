@@ -23,13 +23,11 @@ Array = NDArray[Any]
 
 _NAME = "FakeQuantize"
 
-# Who has states for the arrays of a package.
-_JAX = "fusebn.jax.linen.FakeQuantize or fusebn.jax.nnx.FakeQuantize"
+# Who has states for the arrays of an adapter.
 _WITH_STATE = {
     "torch": "fusebn.torch.FakeQuantize",
     "tensorflow": "fusebn.tensorflow.FakeQuantize, or with Keras fusebn.keras.FakeQuantize",
-    "jax": _JAX,
-    "jaxlib": _JAX,
+    "jax": "fusebn.jax.linen.FakeQuantize or fusebn.jax.nnx.FakeQuantize",
 }
 
 
@@ -86,8 +84,8 @@ class FakeQuantize(Transform):
     As in Jacob et al., 2018, https://arxiv.org/abs/1712.05877; the gradient is the straight-through
     estimator of Bengio, Leonard and Courville, 2013, https://arxiv.org/abs/1308.3432.
 
-    With moving limits it is only where `1 - decay` is a power of two that frameworks certainly
-    agree in the last bit.
+    Moving limits so small that they are subnormal numbers are 0 in some frameworks and not in
+    others.
 
     Examples
     --------
@@ -133,10 +131,9 @@ class FakeQuantize(Transform):
             y, _ = _quantization.quantize(adapter.array_ops, self.settings, x, None, False)
             return y
         if not isinstance(x, np.ndarray | np.generic):
-            kind = type(x)
-            fix = f"Use {_WITH_STATE.get(kind.__module__.partition('.')[0], 'its framework')}."
+            fix = f"Use {_WITH_STATE[adapter.__name__.split('.')[1]]}."
             expected = "be a NumPy array, where there is a state"
-            _spec.fail(TypeError, _NAME, "x", expected, kind.__name__, fix)
+            _spec.fail(TypeError, _NAME, "x", expected, type(x).__name__, fix)
         x = np.asarray(x)
         old = self._state(x)
         training = _spec.flag(_NAME, "training", training)
@@ -161,10 +158,8 @@ class FakeQuantize(Transform):
         shape = _quantization.state_shape(self.settings, x.shape)
         zeros = np.zeros(shape, np.float64 if x.dtype == np.float64 else np.float32)
         low, high = (zeros if limit is None else limit for limit in (self.low, self.high))
-        if low.shape != shape:  # which broadcasting might hide
-            got = f"{x.shape}"
-            expected = f"have a shape whose limits are those seen before, of shape {low.shape}"
-            _spec.fail(ValueError, _NAME, "x", expected, got)
+        if low.shape != shape:
+            _quantization.refuse_shape(x.shape, low.shape)
         return State(low, high, np.asarray(self.steps))
 
     def state_dict(self) -> dict[str, Array]:

@@ -49,7 +49,7 @@ def compiled(kernel, block, element, capability, residual=False):
     stat = "fp64" if element == "fp64" else "fp32"
     walk = dict(zip(_verbs.WALK, _verbs._walk(view), strict=True))
     constants = {
-        **_verbs._shape(view, (None, tl.float64 if stat == "fp64" else tl.float32)),
+        **_verbs._shape(view, tl.float64 if stat == "fp64" else tl.float32),
         "EPSILON": 1e-3, "TRAINING": True, "ACTIVATION": "relu", "CORRECTION": 1.0, "MIXED": True,
         "JOINED": _verbs._joined(view), "AHEAD": _verbs._ahead(*range(reads)),
     }  # fmt: skip

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from interpreted import fused, verbs
 
 import cases
@@ -15,6 +17,7 @@ import fusebn
 from cases import BFLOAT16, FLOAT32, FLOAT64
 from conftest import assert_forward, assert_gradients, assert_moments, away_from_kinks, parameters
 from fusebn import _reference as reference
+from fusebn.triton._tiles import tile_at
 
 TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32,
          "float64": torch.float64}  # fmt: skip
@@ -327,3 +330,15 @@ def test_the_same_bits_whoever_finishes_last(block, monkeypatch, rng):
     )
     for got, one in zip(run(), wanted, strict=True):
         np.testing.assert_array_equal(got, one)
+
+
+@triton.jit
+def _first_of_a_plane(BASE, number, group, width):
+    base, _, _, _, _ = tile_at(number, group, 1, 0, width, 64 * width, 1, 1, 0, 1, 16)
+    tl.store(BASE, base)
+
+
+def test_planes_past_what_32_bits_can_count():
+    base = torch.zeros(1, dtype=torch.int64)
+    _first_of_a_plane[(1,)](base, 0, 63, 2**26)
+    assert base.tolist() == [63 * 2**26]

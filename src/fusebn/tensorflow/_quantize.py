@@ -119,10 +119,8 @@ class FakeQuantize(tf.Module, Transform):  # type: ignore[misc]
         if self.low is None:
             nothing = tf.zeros([], stat_type(x))
             return State(nothing, nothing, steps)
-        if not self.low.shape.is_compatible_with(shape):  # which broadcasting might hide
-            of = tuple(self.low.shape)
-            expected = f"have a shape whose limits are those seen before, of shape {of}"
-            _spec.fail(ValueError, _NAME, "x", expected, f"{tuple(x.shape)}")
+        if not self.low.shape.is_compatible_with(shape):
+            _quantization.refuse_shape(tuple(x.shape), tuple(self.low.shape))
         return State(tf.convert_to_tensor(self.low), tf.convert_to_tensor(self.high), steps)
 
     def _check_graph(self) -> None:

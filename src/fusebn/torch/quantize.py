@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusebn import _quantization, _spec
+from fusebn import _quantization
 from fusebn._quantization import State
 from fusebn._transforms import Transform
 from fusebn.torch import _calls
@@ -154,11 +154,8 @@ class FakeQuantize(Wide, Transform, torch.nn.Module):
         low, high = self.low, self.high
         if low.shape == shape:
             return State(low, high, self.steps)
-        if low.numel():  # which broadcasting might hide
-            expected = (
-                f"have a shape whose limits are those seen before, of shape {tuple(low.shape)}"
-            )
-            _spec.fail(ValueError, _NAME, "x", expected, f"{tuple(x.shape)}")
+        if low.numel():
+            _quantization.refuse_shape(tuple(x.shape), tuple(low.shape))
         return State(low.new_zeros(shape), high.new_zeros(shape), self.steps)
 
     @torch.no_grad()

@@ -41,7 +41,7 @@ def backward_sums_kernel(
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     channel, there = channel_of(group, channels, width, FOLD, WIDTH)
     mean, rstd, scale, offset = constants(
-        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT, EPSILON, TRAINING
+        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, EPSILON, TRAINING
     )
     m, a, b = rounded(mean, rstd, scale, offset, STAT)
     sum_g = tl.zeros([ROWS, WIDTH], STAT)
@@ -130,7 +130,7 @@ def finish_sums(
 ):  # fmt: skip
     """Store the sums of some channels, x taken from the mean itself, dscale and doffset."""
     mean, rstd, _scale, _offset = constants(
-        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT, EPSILON, TRAINING
+        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, EPSILON, TRAINING
     )
     sum_g_x -= (mean - mean.to(STAT).to(tl.float64)) * sum_g
     if SUMS is not None:
@@ -155,7 +155,7 @@ def backward_kernel(
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     channel, there = channel_of(group, channels, width, FOLD, WIDTH)
     mean, rstd, scale, offset = constants(
-        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT, EPSILON, TRAINING
+        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, EPSILON, TRAINING
     )
     m, a, b = rounded(mean, rstd, scale, offset, STAT)
     if TRAINING:

@@ -24,7 +24,7 @@ def normalize_kernel(
     group, part = tl.program_id(0) % groups, tl.program_id(0) // groups
     channel, there = channel_of(group, channels, width, FOLD, WIDTH)
     mean, rstd, scale, offset = constants(
-        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT, EPSILON, TRAINING
+        BATCH, COUNT, SCALE, OFFSET, channel, there, channels, EPSILON, TRAINING
     )
     m, a, b = rounded(mean, rstd, scale, offset, STAT)
     if TRAINING:

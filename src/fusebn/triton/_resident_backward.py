@@ -41,7 +41,7 @@ def gradient_kernel(
     for strip in range(team, strips, teams):
         channel = strip * lanes + lane
         mean, rstd, scale, offset = constants(
-            BATCH, COUNT, SCALE, OFFSET, channel, lane >= 0, channels, tl.float32, EPSILON, False
+            BATCH, COUNT, SCALE, OFFSET, channel, lane >= 0, channels, EPSILON, False
         )
         m, a, b = rounded(mean, rstd, scale, offset, tl.float32)
         if ELEMENT != tl.float32:
@@ -109,7 +109,7 @@ def gradient_kernel(
                 None, DSCALE, DOFFSET, tl.float32, EPSILON, False,
             )  # fmt: skip
         mean, rstd, scale, offset = constants(
-            BATCH, COUNT, SCALE, OFFSET, channel, lane >= 0, channels, tl.float32, EPSILON, False
+            BATCH, COUNT, SCALE, OFFSET, channel, lane >= 0, channels, EPSILON, False
         )
         sum_g_x -= (mean - mean.to(tl.float32).to(tl.float64)) * sum_g
         p, q = through_statistics(

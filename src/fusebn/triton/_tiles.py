@@ -2,8 +2,8 @@
 
 A kernel is given a plan (`_plan.py`) as numbers, in this order::
 
-    rows, tail, width, stride, channels, groups, chunks, tiles, parts, turns     at run time
-    FOLD, ROWS, WIDTH                                             when it is compiled
+    rows, tail, width, stride, channels, groups, chunks, tiles, parts, turns    at run time
+    FOLD, ROWS, WIDTH                                                           when it is compiled
 
 and a program is number ``part * groups + group`` of the grid: neighbours share rows. It loads AHEAD
 tiles before it looks at the first: only so many bytes on their way keep the memory busy.
@@ -25,7 +25,7 @@ def tile_at(
     """Return of a tile: the first element, the rest from there, what is data; rows and columns."""
     if FOLD == 0:
         down, across = number // chunks, number % chunks
-        first_column = group * width
+        first_column = group.to(tl.int64) * width
     else:
         down, across = number, group
         first_column = 0
@@ -74,7 +74,7 @@ def over_rows(values, FOLD: tl.constexpr):
 
 @triton.jit
 def constants(
-    BATCH, COUNT, SCALE, OFFSET, channel, there, channels, STAT: tl.constexpr,
+    BATCH, COUNT, SCALE, OFFSET, channel, there, channels,
     EPSILON: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
     """Return of each channel, in float64: the mean, rstd, scale and offset, 0 where none is there.

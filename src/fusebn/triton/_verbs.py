@@ -1,4 +1,4 @@
-"""The kernels, called on PyTorch's tensors: `moments`, `forward`, `gradient`, as the core has them.
+"""The kernels, called on PyTorch's tensors: the verbs, and both compositions of a held batch.
 
 A caller has checked the arguments, and hands over tensors that lie as the plan says: dense blocks
 `[outer, channels, inner]`, all alike. Nothing waits for the device.
@@ -17,9 +17,6 @@ from fusebn.triton._normalize import normalize_kernel
 from fusebn.triton._plan import WARPS, Plan, Residency, plan, residency
 from fusebn.triton._resident_backward import gradient_kernel
 from fusebn.triton._resident_forward import forward_kernel
-
-_STAT = {torch.float64: (torch.float64, tl.float64)}
-_FLOAT32 = torch.float32, tl.float32
 
 
 class Block(NamedTuple):
@@ -224,8 +221,9 @@ def _words(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.as_strided([x.numel()], [1]).view(torch.int32)
 
 
-def _stat(x: Tensor) -> tuple[torch.dtype, Any]:
-    return _STAT.get(x.dtype, _FLOAT32)
+def _stat(x: Tensor) -> Any:
+    """Return the type of the statistics, as kernels call it."""
+    return tl.float64 if x.dtype is torch.float64 else tl.float32
 
 
 def _plan_of(x: Tensor, block: Block, *, joins: bool) -> Plan:
@@ -248,12 +246,12 @@ def _walk(view: Plan) -> tuple[int, ...]:
     return tuple(getattr(view, name) for name in WALK)
 
 
-def _shape(view: Plan, stat: tuple[torch.dtype, Any]) -> dict[str, Any]:
+def _shape(view: Plan, stat: Any) -> dict[str, Any]:
     return {
         "FOLD": view.fold,
         "ROWS": view.tile_rows,
         "WIDTH": view.tile_width,
-        "STAT": stat[1],
+        "STAT": stat,
     }
 
 
