@@ -24,14 +24,24 @@ PATIENCE = 60  # seconds, until a program that waits is taken to wait for ever
 _patch = interpreter._patch_lang_tensor
 
 
-def _with_index(tensor, *rest):
-    """Let range() have the interpreter's numbers, which are arrays of length 1: NumPy 2.4 minds."""
-    undo = _patch(tensor, *rest)
-    tensor.__index__ = lambda self: int(self.handle.data.item())
-    return undo
+class _WithIndex:
+    """Lets range() have the interpreter's numbers, which are arrays of length 1: NumPy 2.4 minds.
+
+    In the one assignment that there is: other programs count meanwhile.
+    """
+
+    def __init__(self, scope):
+        self.scope = scope
+
+    def set_attr(self, of, name, value):
+        self.scope.set_attr(of, name, _as_index if name == "__index__" else value)
 
 
-interpreter._patch_lang_tensor = _with_index
+def _as_index(number):
+    return int(number.handle.data.item())
+
+
+interpreter._patch_lang_tensor = lambda tensor, scope: _patch(tensor, _WithIndex(scope))
 
 
 class _ByThread(type(interpreter.interpreter_builder)):
