@@ -9,9 +9,9 @@ from time import perf_counter
 
 # A turn is over when it has lasted this long, after one timed call at the least,
 TURN_SECONDS = 0.1
-# and never before this: some thread pools keep the cores busy for a millisecond after their own turn,
-# which would be most of the next one, were that three short calls.
-LEAST_SECONDS = 0.005
+# and never before this: the first calls of a millisecond find cores that sleep and caches that others
+# have filled, and take up to twice as long as those that follow.
+LEAST_SECONDS = 0.02
 
 
 def turn(call: Callable[[], object], count: int) -> float:

@@ -2,12 +2,17 @@
 
 Frameworks do not share a process well: each brings its threads, and the memory allocator is chosen
 when a process starts. A worker stays alive, so that its turns can alternate with everybody else's.
+
+But it stands still until it is asked: thread pools that look for their next job, some for a tenth
+of a second, would take the cores from whoever has the next turn.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +44,11 @@ def memories() -> tuple[str, ...]:
     return ("warm", "fresh") if platform.libc_ver()[0] == "glibc" else ("fresh",)
 
 
+# Only where a stopped process can be told to end with the one that started it.
+CAN_STOP = sys.platform == "linux"
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
 class Unable(Exception):
     """What a peer cannot do, and why."""
 
@@ -66,6 +76,7 @@ class Worker:
     def wait(self) -> None:
         """Wait until the peer is imported."""
         self.version = self._receive()
+        self._stand_still()
 
     def load(self, case: Case) -> None:
         """Have the peer make its own copy of the data."""
@@ -92,10 +103,22 @@ class Worker:
 
     def _ask(self, action: str, arguments: tuple[object, ...]) -> Any:
         try:
+            self._go_on()
             self._pipe.send((action, arguments))
         except OSError:
             raise Unable("its process has ended") from None
-        return self._receive()
+        try:
+            return self._receive()
+        finally:
+            self._stand_still()
+
+    def _stand_still(self) -> None:
+        if CAN_STOP:
+            self._process.send_signal(signal.SIGSTOP)
+
+    def _go_on(self) -> None:
+        if CAN_STOP:
+            self._process.send_signal(signal.SIGCONT)
 
     def _receive(self) -> Any:
         try:
@@ -153,6 +176,8 @@ class _Desk:
 
 
 def _serve(pipe: Connection, name: str, threads: int) -> None:
+    if CAN_STOP:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if hasattr(os, "sched_setaffinity"):
         # Not every framework takes a number of threads; each counts the cores it may use.
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
