@@ -55,9 +55,9 @@ def statistics_differ_by(
 @given(any_arrays())
 def test_the_oracle_agrees_whatever_the_bits(x: Array) -> None:
     with np.errstate(all="ignore"):
-        largest = np.abs(x.astype(float)).max(initial=0)
+        largest = np.abs(x.astype(float)).max(initial=0, where=np.isfinite(x))
     # Beyond, squares overflow the type of the statistics: nothing finite is right.
-    assume(not 1e15 < largest < np.inf)
+    assume(largest <= 1e15)
     mean, variance = fusebn.moments(x, (0, 2))
     expected = reference.moments(x, (0, 2))
     statistics = (v.squeeze((0, 2)) for v in (expected.mean, expected.variance()))

@@ -137,6 +137,16 @@ FUSEBN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   });
 }
 
+// The first n lanes of one, then the other's.
+template <class S>
+FUSEBN_INLINE Vec<S> splice(Vec<S> first, int64_t n, Vec<S> other) {
+  alignas(64) static constexpr S kIndex[16] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                               8, 9, 10, 11, 12, 13, 14, 15};
+  Vec<S> index;
+  __builtin_memcpy(&index, kIndex, sizeof index);
+  return where_less(index, splat(S(n)), first, other);
+}
+
 // The lanes that count, 0 in the others.
 template <class S>
 FUSEBN_INLINE Vec<S> keep(Vec<S> v, Full) {
@@ -144,11 +154,7 @@ FUSEBN_INLINE Vec<S> keep(Vec<S> v, Full) {
 }
 template <class S>
 FUSEBN_INLINE Vec<S> keep(Vec<S> v, Part lanes) {
-  alignas(64) static constexpr S kIndex[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                               8, 9, 10, 11, 12, 13, 14, 15};
-  Vec<S> index;
-  __builtin_memcpy(&index, kIndex, sizeof index);
-  return where_less(index, splat(S(lanes.n)), v, splat(S(0)));
+  return splice(v, lanes.n, splat(S(0)));
 }
 
 template <class S, int bytes>

@@ -327,22 +327,45 @@ void map_rows(const K kernel, Block b, const ChannelConstants<S, N>& constants, 
   if (e < end) visit(at, e, Part{end - e});
 }
 
+// Goes through planes as if there were none, so that short ones have no heads and tails of their own: a
+// vector that begins in one plane and ends in another takes its constants from both.
 template <class S, int N, class K>
-void map_plane(const K kernel, const ChannelConstants<S, N>& constants, int64_t c, int64_t e,
-               int64_t end, int64_t p) {
+void map_planes(const K kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
+                int64_t end, int64_t p) {
   constexpr int kLanes = Vec<S>::kLanes;
+  const S* table[N];
+  for (int i = 0; i < N; ++i) table[i] = constants.of(i);
+  int64_t c = e / b.inner % b.channels, left = b.inner - e % b.inner;  // of the plane
   Vec<S> k[N];
-  for (int i = 0; i < N; ++i) k[i] = splat(constants.of(i)[c]);
-  if (const int64_t head = until_aligned(kernel.out, e, end)) {
-    kernel.template visit<false>(e, p, k, Part{head});
-    e += head;
-    p += head;
-  }
-  for (; e + kLanes <= end; e += kLanes, p += kLanes) {
+  for (int i = 0; i < N; ++i) k[i] = splat(table[i][c]);
+  const auto visit = [&](int64_t n, auto lanes) __attribute__((always_inline)) {
+    Vec<S> spliced[N];
+    for (int i = 0; i < N; ++i) spliced[i] = k[i];
+    for (; left < n; left += b.inner) {
+      c = c + 1 < b.channels ? c + 1 : 0;
+      for (int i = 0; i < N; ++i) {
+        k[i] = splat(table[i][c]);
+        spliced[i] = splice(spliced[i], left, k[i]);
+      }
+    }
+    kernel.template visit<false>(e, p, spliced, lanes);
+    left -= n;
+    e += n;
+    p += n;
+  };
+  if (const int64_t head = until_aligned(kernel.out, e, end)) visit(head, Part{head});
+  while (e + kLanes <= end) {
+    const int64_t inside = least(left, end - e) / kLanes;
+    for (int64_t i = 0; i < inside; ++i, e += kLanes, p += kLanes) {
+      if (kernel.streaming) kernel.prefetch(e + kMapAhead);
+      kernel.template visit<false>(e, p, k, Full{});
+    }
+    left -= inside * kLanes;
+    if (e + kLanes > end) break;
     if (kernel.streaming) kernel.prefetch(e + kMapAhead);
-    kernel.template visit<false>(e, p, k, Full{});
+    visit(kLanes, Full{});
   }
-  if (e < end) kernel.template visit<false>(e, p, k, Part{end - e});
+  if (e < end) visit(end - e, Part{end - e});
 }
 
 template <class T, class L>
@@ -352,30 +375,27 @@ FUSEBN_INLINE void write(T* p, Vec<Stat<T>> v, L lanes, bool streaming) {
   store(p, v, lanes);
 }
 
-// Visits every element once. `by_row`: the kernel needs to know its position (it reads weights).
+// Visits every element once. `located`: the kernel needs to know its position (it reads weights), and
+// is called row by row or plane by plane.
 //
 // The walk goes from the end to the beginning: it follows a reduction that went the other way, and
 // what that one read last is still in the cache.
 template <class S, int N, class K>
-void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool by_row,
+void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool located,
          Executor& executor) {
   const int64_t total = b.elements(), tasks = ceil_div(total, kMapElements);
+  const int64_t line = b.inner == 1 ? b.channels : b.inner;
   const auto task = [&](int64_t index) {
     int64_t e = (tasks - 1 - index) * kMapElements;
     const int64_t end = least(e + kMapElements, total);
     while (e < end) {
-      if (b.inner == 1) {
-        const int64_t row = e / b.channels;
-        const int64_t stop = by_row ? least((row + 1) * b.channels, end) : end;
-        map_rows<S, N>(kernel, b, constants, e, stop, row);
-        e = stop;
-      } else {
-        const int64_t plane = e / b.inner, i = e % b.inner;
-        const int64_t stop = least((plane + 1) * b.inner, end);
-        map_plane<S, N>(kernel, constants, plane % b.channels, e, stop,
-                        plane / b.channels * b.inner + i);
-        e = stop;
-      }
+      const int64_t at = e / line;  // the row or plane
+      const int64_t stop = located ? least((at + 1) * line, end) : end;
+      if (b.inner == 1)
+        map_rows<S, N>(kernel, b, constants, e, stop, at);
+      else
+        map_planes<S, N>(kernel, b, constants, e, stop, at / b.channels * b.inner + e % b.inner);
+      e = stop;
     }
     if (kernel.streaming) fence();
   };

@@ -9,7 +9,7 @@ from time import perf_counter
 
 # A turn is over when it has lasted this long, after one timed call at the least,
 TURN_SECONDS = 0.1
-# and never before this: the first calls of a millisecond find cores that sleep and caches that others
+# and never before this: the first calls of a turn find cores that sleep and caches that others
 # have filled, and take up to twice as long as those that follow.
 LEAST_SECONDS = 0.02
 
