@@ -254,7 +254,7 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
     y = x if is_dense(x) else x.contiguous()
     if weights is not None:
         weights = positions("batch_norm", y, weights, axis)
-    mean, m2 = (torch.empty(x.shape[axis], dtype=torch.float64) for _ in range(2))
+    mean, m2 = (x.new_empty(x.shape[axis], dtype=torch.float64) for _ in range(2))
     follow_threads()
     count = _core.moments(
         ELEMENTS[x.dtype],

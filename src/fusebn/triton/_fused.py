@@ -23,7 +23,7 @@ def forward(
     Without training these are the given ones, the count is 0, and what is returned is a copy of
     them. Two launches in training, or one where the batch can be held; and one without.
     """
-    held = _residency(x, block, of, 1)
+    held = _residency(block, of, x)
     if held is not None:
         return _verbs.forward_resident(x, y, block, held, of, returned)
     if of.training:
@@ -60,7 +60,7 @@ def gradient(
             dresidual.copy_(dy)
         of, dresidual = of._replace(residual=None), None
     alone = of.residual is None or _is_exact(x, of.activation)
-    held = _residency(x, block, of, 2) if alone else None
+    held = _residency(block, of, x, dy) if alone else None
     if held is not None:
         if dgiven is not None:
             _fill_given(dgiven, statistics, of, flowing, None)
@@ -81,13 +81,17 @@ def gradient(
     _verbs.backward(dy, x, block, statistics, of, sums, flowing, dx, dresidual)
 
 
-def _residency(x: Tensor, block: Block, of: Normalization, arrays: int) -> Residency | None:
-    """Return how one launch can hold so many arrays, if it is to do the whole work."""
+def _residency(block: Block, of: Normalization, *arrays: Tensor) -> Residency | None:
+    """Return how one launch can hold the arrays, if it is to do the whole work."""
     if not of.training or of.weights is not None:
         return None
     if os.environ.get("FUSEBN_GPU_PERSISTENT", "1") == "0":
         return None
-    return _verbs.residency_of(x, block, arrays)
+    # It loads 16 bytes at once, as words of 4; a view may begin anywhere.
+    read = arrays if of.residual is None else (*arrays, of.residual)
+    if any(array.data_ptr() % 16 for array in read):
+        return None
+    return _verbs.residency_of(arrays[0], block, len(arrays))
 
 
 def _is_exact(x: Tensor, activation: str) -> bool:

@@ -4,6 +4,7 @@ A caller has checked the arguments, and hands over tensors that lie as the plan 
 `[outer, channels, inner]`, all alike. Nothing waits for the device.
 """
 
+from ctypes import c_float
 from typing import Any, NamedTuple
 
 import torch
@@ -281,5 +282,5 @@ def _room(x: Tensor, view: Plan, values: int) -> tuple[Tensor | None, Tensor | N
 
 def _pair(value: float) -> tuple[float, float]:
     """Return a number as two of float32, which is what kernels are called with."""
-    high = float(torch.tensor(value, dtype=torch.float32))
+    high = c_float(value).value
     return high, value - high
