@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -28,6 +30,9 @@ from fusebn.cli.bench.results import Results
 from fusebn.cli.bench.runner import Plan, measure
 from fusebn.cli.bench.suites import EXTRAS, FRAMEWORKS
 from fusebn.cli.bench.worker import Unable, Worker, memories, started
+
+if TYPE_CHECKING:
+    from fusebn.cli.bench.device.command import Wish
 
 QUICK_SECONDS = 42  # from the start of the command; the rest of the minute is for the last case
 QUICK_PEERS = ("torch",)
@@ -58,6 +63,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     multiple=True,
     type=click.Choice([*PEERS, "none"]),
     help="Whom to compare with; by default everybody installed (with --quick, PyTorch).",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cuda: on an NVIDIA GPU, PyTorch's tensors, with PyTorch and torch.compile as peers.",
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="Rounds in which everybody has a turn.")
 @click.option(
@@ -95,9 +107,13 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "parts",
     multiple=True,
     type=click.Choice(
-        list(dict.fromkeys(s.part for suites in FRAMEWORKS.values() for s in suites if s.part))
+        [
+            *dict.fromkeys(s.part for suites in FRAMEWORKS.values() for s in suites if s.part),
+            *("machine", "verbs"),
+        ]
     ),
-    help="With --torch, --jax, --keras or --quantize: this alone, which has files of its own.",
+    help="With --torch, --jax, --keras or --quantize: this alone, which has files of its own. "
+    "With --device cuda: machine, verbs or resnet.",
 )
 @click.option("--busy", is_flag=True, help="Also: beside a process that holds one core.")
 @click.option("--json", "json_path", type=_FILE, help="Write the results here.")
@@ -114,6 +130,7 @@ def bench(
     layouts: tuple[str, ...],
     verbs: tuple[str, ...],
     peers: tuple[str, ...],
+    device: str,
     repeats: int | None,
     framework: str | None,
     parts: tuple[str, ...],
@@ -130,16 +147,26 @@ def bench(
     start = perf_counter()
     rounds = repeats or (5 if quick else 7)
     deadline = start + QUICK_SECONDS if quick else None
+    if device != "cpu":
+        _no_such({"--peers": peers, "--busy": busy, f"--{framework}": framework})
+        os.environ["FUSEBN_TRITON"] = "1"  # before the next line: it is read there, once
+        # Here, not above: PyTorch takes seconds, which all else does without.
+        from fusebn.cli.bench.device.command import Wish
+
+        asked = Wish(parts, shapes, layouts, dtypes, verbs, rounds, quick, deadline)
     if framework:
         _no_verbs(
             framework, {"--verb": verbs, "--peers": peers, "--busy": busy, "--plot": plot_path}
         )
     elif (plot_path or out) and not find_spec("matplotlib"):
         raise click.UsageError("a plot needs matplotlib: pip install 'fusebn[demo]'")
-    if parts and framework in (None, "tensorflow"):
+    if parts and framework in (None, "tensorflow") and device == "cpu":
         raise click.UsageError("--part goes with --torch, --jax, --keras or --quantize")
     console = Console(highlight=False)
     where = machine()
+    if device != "cpu":
+        _on_device(asked, where, json_path, plot_path, out, console)
+        return
     if framework:
         wish = comparison.Wish(
             framework, parts, shapes, layouts, dtypes, rounds, quick, deadline, json_path is None
@@ -180,11 +207,54 @@ def bench(
         results.busy = asides.busy()
     report.show(results, console)
     _write(results.as_json(), report.markdown(results), where, "", json_path, out, console)
+    _plot(results, where, plot_path, out, console)
+    _end(any(record.wrong for record in results.records), console)
+
+
+def _no_such(options: dict[str, object]) -> None:
+    for option, given in options.items():
+        if given:
+            raise click.UsageError(f"{option} does not go with --device cuda")
+    if not all(map(find_spec, ("torch", "triton"))):
+        raise click.UsageError(
+            "--device cuda needs torch and triton: pip install 'fusebn[cli,triton]'"
+        )
+
+
+def _on_device(
+    wish: Wish,
+    where: dict[str, object],
+    json_path: Path | None,
+    plot_path: Path | None,
+    out: Path | None,
+    console: Console,
+) -> None:
+    from fusebn.cli.bench.device import command as on_device
+    from fusebn.cli.bench.device.tables import markdown
+
+    on_device.check(wish.parts)
+    ground = on_device.ground()
+    where["device"] = ground.chip.name  # whose numbers they are, in tables and in names of files
+    results = on_device.run(wish, where, ground, console)
+    page = markdown(results, ground.chip)
+    _write(results.as_json(), page, where, "", json_path, out, console)
+    if any(record.runs for record in results.records):
+        _plot(results, where, plot_path, out, console)
+    wrong = [*results.records, *(results.training.records if results.training else [])]
+    _end(any(record.wrong for record in wrong), console)
+
+
+def _plot(
+    results: Results,
+    where: dict[str, object],
+    plot_path: Path | None,
+    out: Path | None,
+    console: Console,
+) -> None:
     for path in filter(None, [plot_path, out and _stem(out, where, ".png")]):
         path.parent.mkdir(parents=True, exist_ok=True)
         for written in plot.plot(results, path):
             console.print(f"wrote {written}")
-    _end(any(record.wrong for record in results.records), console)
 
 
 def _no_verbs(framework: str, options: dict[str, object]) -> None:

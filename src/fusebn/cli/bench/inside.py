@@ -1,10 +1,13 @@
 """The only file of the command line that knows the private side of the library.
 
-Three things a benchmark needs are no one else's business: the oracle, the memory floors, and the
-gradient written into arrays that the caller keeps.
+What a benchmark needs is no one else's business: the oracle, the memory floors, the gradient
+written into arrays that the caller keeps; and on a GPU the barrier, and what is done in one launch.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 
@@ -63,3 +66,25 @@ def gradient_into(
         None,
     )
     return dscale, doffset
+
+
+def serves_gpus() -> bool:
+    """Say whether the kernels for GPUs take PyTorch's tensors in this process."""
+    from fusebn.torch import _gpu
+
+    return _gpu.WANTED
+
+
+def grid_barrier() -> Any:
+    """Return the Triton function by which the programs of a launch wait for each other."""
+    from fusebn.triton._held import wait_for_all
+
+    return wait_for_all
+
+
+def is_held(block: tuple[int, int, int], bytes_: int, processors: int, arrays: int) -> bool:
+    """Say whether a device with so many multiprocessors holds so many arrays of some bytes."""
+    from fusebn.triton._plan import residency
+
+    itemsize = bytes_ // max(math.prod(block), 1)
+    return residency(*block, itemsize, processors, arrays) is not None

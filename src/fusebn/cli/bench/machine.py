@@ -37,13 +37,18 @@ def machine() -> dict[str, Any]:
 
 
 def file_stem(machine: dict[str, Any]) -> str:
-    """Return a name for files about this machine and day."""
+    """Return a name for files about this machine, or the device it measured, and day."""
+    if device := machine.get("device"):
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        return f"{machine['date'][:10]}-{name}"
     cpu = re.sub(r"[^a-z0-9]+", "-", str(machine["cpu"]).lower()).strip("-")
     return f"{machine['date'][:10]}-{cpu}-{machine['threads']}-threads"
 
 
 def described(machine: dict[str, Any]) -> str:
-    """Return the machine in a line."""
+    """Return the machine, or the device it measured, in a line."""
+    if device := machine.get("device"):
+        return f"{device}, beside {machine['cpu']}, {machine['date'][:10]}"
     last = max(machine["caches"].values(), default=0) >> 20
     return (
         f"{machine['cpu']}, {last} MiB of cache, {machine['threads']} threads, "

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fusebn.cli.bench.machine import described
-from fusebn.cli.bench.peers import PEERS
 from fusebn.cli.bench.results import Results, Row, summary
 
 if TYPE_CHECKING:
@@ -20,6 +18,11 @@ COLOURS = {
     "keras": "#b5485d",
     "onnxruntime": "#5b8fb9",
     "onednn": "#8c8c8c",
+    # on a GPU
+    "fusebn-2": "#7cc0bb",
+    "eager": "#d9583b",
+    "compile": "#e59f3c",
+    "apex": "#6c6fb3",
 }
 INK, FAINT = "#222222", "#8a8a8a"
 CUT = 8.0  # times the floor; a longer bar is cut and its number tells
@@ -72,9 +75,7 @@ def plot(results: Results, path: Path) -> list[Path]:
     figure.text(
         0.2 / figure.get_figwidth(),
         0.14 / height,
-        "1 is what reading and writing the tensors takes, without arithmetic.\n"
-        "Dark: warm memory; pale, in brackets: fresh outputs. Geometric means over shapes.\n"
-        + described(results.machine),
+        results.footnote,
         fontsize=7.5,
         color=FAINT,
     )
@@ -162,7 +163,8 @@ def _legend(figure: Any, rows: list[Row], results: Results, height: float) -> No
     from matplotlib.patches import Patch
 
     seen = {who for row in rows for who in _contenders(row, results)}
-    names = {"fusebn": "fusebn"} | {p: f"{PEERS[p][0]} {v}" for p, v in results.peers.items()}
+    peers = {p: f"{results.title(p)} {v}".strip() for p, v in results.peers.items()}
+    names = {"fusebn": "fusebn"} | peers
     handles = [Patch(color=COLOURS[who], label=name) for who, name in names.items() if who in seen]
     figure.legend(
         handles=handles,

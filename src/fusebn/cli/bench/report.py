@@ -65,7 +65,7 @@ def show(results: Results, console: Console) -> None:
         shapes = "1 shape" if count == 1 else f"geometric means over {count} shapes"
         for title, memory in (("warm memory", "warm"), ("fresh outputs", "fresh")):
             console.print(f"\n[bold]{dtype}, {title}[/][dim], {shapes}[/]")
-            console.print(_table(mine, results, memory))
+            console.print(means_table(mine, results, memory))
     if rows:
         console.print(f"\n[dim]{FLOOR}[/]")
     for fact in _facts(results):
@@ -82,7 +82,8 @@ def busy_machine(machine: dict[str, Any]) -> str | None:
     )
 
 
-def _table(rows: list[Row], results: Results, memory: str) -> Table:
+def means_table(rows: list[Row], results: Results, memory: str) -> Table:
+    """Return the means of an element type."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("verb", no_wrap=True)
     table.add_column("ch.", style="dim")
@@ -91,14 +92,15 @@ def _table(rows: list[Row], results: Results, memory: str) -> Table:
         table.add_column("\nworst", justify="right", style="dim")
     shown = _peers(rows, results)
     for peer in shown:
-        table.add_column(f"{SHORT.get(peer, PEERS[peer][0])}\n/ours", justify="right")
+        table.add_column(f"{SHORT.get(peer, results.title(peer))}\n/ours", justify="right")
     for row in rows:
         over_floor = row.over_floor if memory == "warm" else row.over_floor_fresh
         over_ours = row.over_ours if memory == "warm" else row.over_ours_fresh
-        ours = over_floor["fusebn"]
-        cells = [Text(row.verb), Text(LAYOUT[row.layout]), Text(f"{ours:.2f}", _colour(ours))]
+        ours = over_floor.get("fusebn")
+        cells = [Text(row.verb), Text(LAYOUT[row.layout])]
+        cells.append(Text(f"{ours:.2f}", _colour(ours)) if ours else Text("-", "dim"))
         if memory == "warm":
-            cells.append(Text(f"{row.worst:.2f}"))
+            cells.append(Text(_number(row.worst) or "-"))
         for peer in shown:
             ratio = over_ours.get(peer)
             good = "green" if ratio and ratio >= 1 else "red"
@@ -176,7 +178,7 @@ def markdown(results: Results) -> str:
                     LAYOUT[row.layout],
                     str(row.shapes),
                     f"**{row.over_floor['fusebn']:.2f}**",
-                    f"{row.worst:.2f}",
+                    _number(row.worst),
                     _number(row.over_floor_fresh.get("fusebn")),
                     *(_pair(row.over_ours.get(p), row.over_ours_fresh.get(p)) for p in peers),
                 ]

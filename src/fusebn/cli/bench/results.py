@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import quantiles
 from typing import Any
 
+from fusebn.cli.bench.machine import described
+from fusebn.cli.bench.peers import PEERS
+
 SCHEMA = 1
 BIG = 32 << 20  # above it an allocator returns memory to the system
 
@@ -37,7 +40,7 @@ class Run:
     memory: str  # "warm": output memory that was used before; "fresh": as a user gets it
     seconds: Spread
     over_floor: Spread
-    over_ours: Spread  # against ours with the same kind of memory
+    over_ours: Spread | None  # against ours with the same kind of memory; None if that is missing
 
 
 @dataclass
@@ -75,6 +78,19 @@ class Results:
         """Return what the JSON file holds."""
         return {"schema": SCHEMA, **asdict(self), "summary": [asdict(row) for row in summary(self)]}
 
+    def title(self, peer: str) -> str:
+        """Return what tables call a peer."""
+        return PEERS[peer][0]
+
+    @property
+    def footnote(self) -> str:
+        """What a plot says of its numbers."""
+        return (
+            "1 is what reading and writing the tensors takes, without arithmetic.\n"
+            "Dark: warm memory; pale, in brackets: fresh outputs. Geometric means over shapes.\n"
+            + described(self.machine)
+        )
+
 
 @dataclass
 class Row:
@@ -89,7 +105,7 @@ class Row:
     over_ours: dict[str, float]  # a peer
     over_ours_fresh: dict[str, float]
     over_ours_fresh_big: dict[str, float]  # of tensors above 32 MiB only
-    worst: float  # ours over the floor, of any shape
+    worst: float | None  # ours over the floor, of any shape
     first_over_last: float | None  # ours, channels-first over channels-last, where both were run
 
 
@@ -145,12 +161,13 @@ def _row(results: Results, records: list[Record], dtype: str, layout: str, verb:
         means("over_ours", "warm"),
         means("over_ours", "fresh"),
         means("over_ours", "fresh", BIG),
-        max(_ratios(mine, "fusebn", "warm", "over_floor")),
+        max(_ratios(mine, "fusebn", "warm", "over_floor"), default=None),
         mean(pairs) if pairs else None,
     )
 
 
 def _ratios(records: list[Record], who: str, memory: str, ratio: str) -> Iterator[float]:
     for record in records:
-        if run := record.run(who, memory):
-            yield getattr(run, ratio).median
+        run = record.run(who, memory)
+        if run and (spread := getattr(run, ratio)):
+            yield spread.median

@@ -35,20 +35,20 @@ class Networks:
     def load(self, case: Case, data: Data) -> None:
         """See Peer."""
         self._peer.load(case, data)
-        self._networks: dict[str, _Training | _Inference] = {}
+        self._networks: dict[str, Training | _Inference] = {}
 
     def call(self, step: Step) -> Callable[[], Any]:
         """See Peer."""
         case, x = self._peer.case, self._peer.x.float()
         training = parse(case.shape)[-1] == 3
-        network = (_Training if training else _Inference)(step.name, case.dtype, x)
+        network = (Training if training else _Inference)(step.name, case.dtype, x)
         self._networks[step.name] = network
         return network.step
 
     def answer(self, step: Step, result: Any) -> Answer:
         """See Peer: the losses of the first steps, or the block's output; and the memory."""
         network = self._networks[step.name]
-        if isinstance(network, _Training):
+        if isinstance(network, Training):
             rest = [network.step().item() for _ in range(LOSSES - 1)]
             answer = {"losses": np.array([float(result), *rest])}
             if found := resident(network.step):
@@ -57,20 +57,20 @@ class Networks:
         return {"y": self._peer.array(result.to(self._peer.x.dtype))}
 
 
-class _Training:
-    """A network that is trained on one batch."""
+class Training:
+    """A network that is trained on one batch, where the images are."""
 
     def __init__(self, way: str, dtype: str, images: Any) -> None:
         torch.manual_seed(0)
-        model = channels_last(ResNet50(CLASSES))
+        model = channels_last(ResNet50(CLASSES)).to(images.device)
         self._model = changed(model, way)
         self._optimizer = torch.optim.SGD(model.parameters(), RATE, MOMENTUM)
         self._images, self._dtype = images, dtype
-        self._labels = torch.arange(len(images)) % CLASSES
+        self._labels = torch.arange(len(images), device=images.device) % CLASSES
 
     def step(self) -> Any:
         """Train on the batch once; return the loss."""
-        with precision(self._dtype):
+        with precision(self._dtype, self._images.device.type):
             logits = self._model(self._images)
             loss = nn.functional.cross_entropy(logits, self._labels)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -102,9 +102,9 @@ def changed(model: nn.Module, way: str) -> Any:
     return torch.compile(model) if way in ("compile", "both") else model
 
 
-def precision(dtype: str) -> AbstractContextManager[object]:
+def precision(dtype: str, device: str = "cpu") -> AbstractContextManager[object]:
     """Return what a forward pass runs in: autocast to a half type, or nothing."""
-    return torch.autocast("cpu", getattr(torch, dtype), enabled=dtype != "float32")
+    return torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 create = Networks
