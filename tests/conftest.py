@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
-
-# Triton decides when it is imported, by whomever, whether kernels are interpreted. On a GPU say 0.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import ml_dtypes
@@ -16,6 +12,12 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 import cases
+from devices import (  # noqa: F401  # for pytest, which looks for them here
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_ignore_collect,
+)
 from fusebn import _core
 from fusebn import _reference as reference
 

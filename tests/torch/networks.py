@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from devices import seeded
+
 
 def convolution(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
@@ -409,7 +411,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def network(name: str) -> tuple[nn.Module, Tensor]:
     """Return a network and an input for it, the same every time."""
     make, shape = NETWORKS[name]
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     model = make().double()
     with torch.no_grad():
         for key, value in model.state_dict().items():

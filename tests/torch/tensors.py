@@ -19,14 +19,14 @@ def tensor(array: Any, *, needs_gradient: bool = False) -> Tensor:
         made = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     else:
         made = torch.from_numpy(array)
-    return made.requires_grad_(needs_gradient)
+    return made.to(torch.get_default_device()).requires_grad_(needs_gradient)
 
 
 def array(tensor: Tensor | None) -> Array | None:
     """Return a tensor's values."""
     if tensor is None:
         return None
-    tensor = tensor.detach()
+    tensor = tensor.detach().cpu()
     if tensor.dtype is torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().view(cases.BFLOAT16)
     return tensor.numpy()

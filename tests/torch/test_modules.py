@@ -22,6 +22,7 @@ from torch.utils.checkpoint import (
 from torch.utils.data import DataLoader, Dataset
 
 import fusebn.torch as fbt
+from devices import seeded
 
 SHAPES = {
     "NC": ("BatchNorm1d", (6, 3)),
@@ -48,7 +49,7 @@ EVENTS = ("train", "train", "eval", "train", "untrack", "train", "eval")
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Return a generator seeded by the test's own name."""
-    return torch.Generator().manual_seed(sum(request.node.name.encode()))
+    return seeded(sum(request.node.name.encode()))
 
 
 def batch(generator: torch.Generator, shape: Any = (4, 3, 5, 2)) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fusebn
 import fusebn.torch as fbt
+from devices import seeded
 from fusebn.torch import _native, _ops
 from fusebn.torch._portable import Options
 
@@ -21,7 +22,7 @@ def close(actual: Any, expected: Any) -> None:
 @pytest.fixture
 def tensors() -> list[Tensor]:
     """x, scale, offset, mean, variance and residual, in float64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shapes = [(5, 3, 4), (3,), (3,), (3,), (3,), (5, 3, 4)]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     made[4] = made[4].square() + 0.5

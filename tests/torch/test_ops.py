@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import fusebn
 import fusebn.torch as fbt
+from devices import seeded
 from fusebn import _core, memory
 from fusebn.torch import _kernels, _ops, _portable
 from fusebn.torch._portable import NAMES, Options
@@ -27,7 +28,7 @@ EXTRAS = ("plain", "residual", "weights", "both")
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> torch.Generator:
     """Return a generator seeded by the test's own name."""
-    return torch.Generator().manual_seed(sum(request.node.name.encode()))
+    return seeded(sum(request.node.name.encode()))
 
 
 def options_of(training: bool = True, **others: Any) -> Options:
@@ -473,6 +474,7 @@ def normalized(x: Tensor) -> Tensor:
         return fbt.batch_norm(x, torch.zeros(8), torch.ones(8), eps=0.0)
 
 
+@pytest.mark.of_the_cpu
 @pytest.mark.usefixtures("pool")
 def test_memory_comes_back_when_the_last_view_dies() -> None:
     y = normalized(large(1.0))
@@ -490,6 +492,7 @@ def test_memory_comes_back_when_the_last_view_dies() -> None:
     assert normalized(large(3.0)).data_ptr() == address
 
 
+@pytest.mark.of_the_cpu
 @pytest.mark.usefixtures("pool")
 def test_a_shared_tensor_leaves_the_pool() -> None:
     y = normalized(large(1.0)).share_memory_()
@@ -498,6 +501,7 @@ def test_a_shared_tensor_leaves_the_pool() -> None:
     assert bool((y == 1).all())
 
 
+@pytest.mark.of_the_cpu
 @pytest.mark.usefixtures("pool")
 def test_what_autograd_keeps_is_not_reused() -> None:
     x = torch.randn(_kernels.POOLED // 4 // 8, 8, requires_grad=True)
@@ -509,6 +513,7 @@ def test_what_autograd_keeps_is_not_reused() -> None:
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.of_the_cpu
 @pytest.mark.usefixtures("pool")
 def test_a_forked_child_computes() -> None:
     """As a DataLoader's worker does, after the parent has used its threads."""
@@ -523,6 +528,7 @@ def test_a_forked_child_computes() -> None:
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.of_the_cpu  # the interpreter is of one thread
 def test_several_threads_at_once(generator: torch.Generator) -> None:
     x = torch.randn(500, 64, generator=generator)
     expected = normalized_of(x)
@@ -545,6 +551,7 @@ def normalized_of(x: Tensor) -> Tensor:
     return fbt.batch_norm(x, None, None, training=True)
 
 
+@pytest.mark.of_the_cpu
 def test_threads_follow_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.setattr(_kernels, "_follows_torch", True)

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
+from devices import on_gpus, seeded, use_the_parents
 
-WORLDS = (2, 4)
+# On GPUs, each process has one of its own.
+WORLDS = tuple(n for n in (2, 4) if not on_gpus() or n <= torch.cuda.device_count())
 SPLITS = {2: [(3, 3), (5, 1), (0, 4)], 4: [(2, 2, 2, 2), (5, 0, 1, 3), (0, 0, 7, 0)]}
 FLOAT64 = torch.float64
 VARIABLES = ("scale", "offset", "moving_mean", "moving_variance")
@@ -31,7 +33,7 @@ class Part:
     """What one process has of a batch that all could make: of everything the rows that are its."""
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
-        self.generator = torch.Generator().manual_seed(sum(sizes))
+        self.generator = seeded(sum(sizes))
         self.n, rank = sum(sizes), dist.get_rank()
         self.rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
@@ -448,7 +450,7 @@ CHECKS = (
     distributed_data_parallel,
     distributed_data_parallel_with_transforms,
     one_that_fails_is_waited_for_until_the_time_limit,  # and leaves no connection behind
-)
+)[: -1 if on_gpus() else None]  # where NCCL ends the process instead
 
 
 # --- the processes ----------------------------------------------------------------------------
@@ -456,9 +458,12 @@ CHECKS = (
 
 def work(rank: int, world: int, folder: str) -> None:
     """Run all checks in one process, and write down what came of each."""
+    use_the_parents()
     torch.set_num_threads(1)
+    if on_gpus():
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "nccl" if on_gpus() else "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=world,

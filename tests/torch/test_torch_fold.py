@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import fusebn.torch as fbt
+from devices import seeded
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 def randomized(model: nn.Module) -> nn.Module:
     """Return a model in float64 and evaluation, its tensors away from where they start."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     with torch.no_grad():
         for key, value in model.double().state_dict().items():
             if value.is_floating_point():

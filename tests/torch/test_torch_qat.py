@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import mlp, network
+from tensors import array, tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusebn.torch as fbt
+from devices import seeded
 from fusebn.torch import qat
 from fusebn.torch.qat import ConvBatchNorm2d
 
@@ -71,7 +73,7 @@ def gradients(
     """Return what a call returns and the gradients of its input and of parameters."""
     x = x.clone().requires_grad_()
     y = call(x)
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    dy = torch.randn(y.shape, generator=seeded(1), dtype=y.dtype)
     return y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)
 
 
@@ -321,7 +323,7 @@ def integers(x: Tensor, quantize: Any) -> tuple[np.ndarray, float, int]:
     zero = round(-low / step)
     codes = (x / step).round() + zero
     assert ((codes >= 0) & (codes <= 255)).all()
-    return codes.numpy().astype(np.uint8), step, zero
+    return array(codes).astype(np.uint8), step, zero
 
 
 def convolved(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -348,8 +350,8 @@ def test_integers_give_the_same_to_rounding():
     assert weight.codes.dtype is torch.int8
     assert not weight.zero.any()
     bias = layer.convert()[0].bias.detach()
-    sums = convolved(codes.astype(np.int32) - zero, weight.codes.numpy())
-    scaled = torch.from_numpy(sums) * (step * weight.step.double().reshape(-1, 1, 1))
+    sums = convolved(codes.astype(np.int32) - zero, array(weight.codes))
+    scaled = tensor(sums) * (step * weight.step.double().reshape(-1, 1, 1))
     y = (scaled + bias[:, None, None]).clamp(0, 6)
     layer.output_quantize = None
     assert_close(y, layer(x), 1e-12)
@@ -367,10 +369,10 @@ def test_integers_give_the_same_exactly_where_steps_are_powers_of_two():
     codes, step, zero = integers(x, given)
     weight = layer.quantized_weight()
     assert (step, float(weight.step)) == (1 / 32, 1 / 64)
-    sums = convolved(codes.astype(np.int32) - zero, weight.codes.numpy())
+    sums = convolved(codes.astype(np.int32) - zero, array(weight.codes))
     plain = layer.convert()
     plain.bias.data.zero_()
-    assert torch.equal(plain(x), torch.from_numpy(sums).float() / 2048)
+    assert torch.equal(plain(x), tensor(sums).float() / 2048)
 
 
 # ---- as a module ----

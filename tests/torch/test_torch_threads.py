@@ -18,6 +18,8 @@ import fusebn.torch
 from fusebn import _core
 from fusebn.torch import _kernels
 
+pytestmark = pytest.mark.of_the_cpu
+
 SHAPE = (8, 24, 40, 40)  # some tasks in every verb
 
 # void parallel(void (*work)(void*), void* context, unsigned threads, unsigned flags)

@@ -3,12 +3,20 @@
 The interpreter runs programs one after the other; one that waits for the others would wait for
 ever. So here it keeps the number of the running program by thread, and a launch that is cooperative
 starts all of them at once, in any order.
+
+Every load and store is watched: it may touch the tensors of its launch alone, and `traffic` counts
+how often.
 """
 
 import inspect
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl  # noqa: F401  # where a kernel is, the interpreter looks for it
 from triton.runtime import interpreter
@@ -69,6 +77,86 @@ for module in (_resident_forward, _resident_backward):
     module.opaque = _itself  # assembler, which is not interpreted
 
 
+# ---- what is loaded and stored ----
+
+
+class Traffic(NamedTuple):
+    """How often each element of a tensor has been touched."""
+
+    loads: np.ndarray
+    stores: np.ndarray
+
+
+class _Watched(NamedTuple):
+    start: int
+    itemsize: int
+    counts: Traffic
+
+
+_touchable: list[range] = []  # addresses of the tensors that the last launch was given
+_watched: list[_Watched] = []
+_lock = threading.Lock()
+
+
+def _span(tensor):
+    """Return the addresses of a tensor's elements, and what may lie between them."""
+    steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (steps + 1) * tensor.element_size() if tensor.numel() else 0
+    return range(tensor.data_ptr(), tensor.data_ptr() + size)
+
+
+_on_host = interpreter.GridExecutor._init_args_hst
+
+
+def _noting(self, arguments, options):
+    on_host = _on_host(self, arguments, options)
+    values = (*on_host[0], *on_host[1].values())
+    _touchable[:] = [_span(of) for of in values if isinstance(of, torch.Tensor)]
+    return on_host
+
+
+interpreter.GridExecutor._init_args_hst = _noting
+
+
+def _watching(method, mask_at, which):
+    def touch(self, pointers, *rest):
+        mask = np.broadcast_to(rest[mask_at].data.astype(bool), pointers.data.shape)
+        at = pointers.data[mask].astype(np.int64)
+        width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        outside = np.ones(at.size, bool)
+        for of in _touchable:
+            outside &= (at < of.start) | (at + width > of.stop)
+        if outside.any():
+            raise MemoryError(f"{outside.sum()} addresses of no tensor that was given")
+        for start, itemsize, counts in _watched:
+            first = (at - start) // itemsize
+            with _lock:
+                for more in range(max(1, width // itemsize)):
+                    mine = (first + more >= 0) & (first + more < counts[which].size)
+                    np.add.at(counts[which], first[mine] + more, 1)
+        return method(self, pointers, *rest)
+
+    return touch
+
+
+_builder = interpreter.InterpreterBuilder
+_builder.create_masked_load = _watching(_builder.create_masked_load, 0, 0)
+_builder.create_masked_store = _watching(_builder.create_masked_store, 1, 1)
+
+
+@contextmanager
+def traffic(*tensors) -> Iterator[list[Traffic]]:
+    """Count what the kernels do to dense tensors."""
+    counts = [Traffic(*np.zeros((2, of.numel()), int)) for of in tensors]
+    for of, counted in zip(tensors, counts, strict=True):
+        _watched.append(_Watched(of.data_ptr(), of.element_size(), counted))
+    yield counts
+    _watched.clear()
+
+
+# ---- programs that run at the same time ----
+
+
 class Together:
     """A kernel whose programs run at the same time."""
 
@@ -120,3 +208,13 @@ class Together:
 
 verbs.forward_kernel = Together(_resident_forward.forward_kernel)
 verbs.gradient_kernel = Together(_resident_backward.gradient_kernel)
+
+
+def serve_tensors_of_the_cpu():
+    """Have the adapter for PyTorch take them for a CUDA device's, from now on."""
+    from fusebn.torch import _batch_statistics, _gpu, _ops
+
+    _gpu.serves = lambda x: x.is_cpu
+    # What is shorter on a CPU, and asks for nothing but that.
+    _ops.short_way = lambda *_: None
+    _batch_statistics._short_way = _batch_statistics._long_way

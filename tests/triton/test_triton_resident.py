@@ -1,22 +1,30 @@
 """forward and gradient in a launch each, interpreted with all programs at once."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted import fused, verbs
+from interpreted import verbs
 from test_triton_verbs import Call, array, tensor
 
 import cases
 from cases import FLOAT32
 from conftest import assert_forward, assert_gradients, assert_moments, away_from_kinks, parameters
+from devices import poisoned_memory
 from fusebn import _reference as reference
+from fusebn.triton._held import place_of
 from fusebn.triton._plan import residency
 
 BLOCKS = [(1, 64, 1), (33, 64, 1), (150, 64, 1), (300, 128, 1), (40, 192, 1)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    with poisoned_memory():
+        yield
 
 
 def resident(x, *given, **options):
@@ -128,6 +136,27 @@ def test_a_gradient_that_16_bits_would_round_takes_two_launches(monkeypatch, rng
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [cases.BFLOAT16, FLOAT32], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is under test
+def test_where_dy_is_0_x_adds_nothing_to_the_sums(dtype, activation, rng):
+    """Whatever it holds: the channel has no statistics, but what it is scaled by has a gradient."""
+    x = np.array(cases.make("standard_normal", (90, 64, 1), dtype))
+    x[5] = np.inf
+    scale, offset = parameters(rng, 64, dtype)
+    call = Call(x, scale, offset, activation=activation)
+    y, mean, variance = call.forward()
+    for of in (y, mean, variance):
+        assert np.isnan(of.astype("float32")).all()
+    found = np.zeros(64), np.ones(64)
+    call.statistics = verbs.Statistics(call.statistics.count, torch.from_numpy(np.stack(found)))
+    dy = np.array(rng.standard_normal(x.shape).astype(dtype))
+    dy[5] = 0
+    _, dscale, doffset, _ = call.gradient(dy)
+    assert np.isfinite(dscale).all()
+    assert np.isfinite(doffset).all()
+
+
 def test_gradients_through_the_returned_statistics(rng):
     x = cases.make("standard_normal", (150, 64, 1), FLOAT32)
     scale, offset = parameters(rng, 64, FLOAT32)
@@ -152,34 +181,27 @@ def test_two_launches_on_request(monkeypatch, rng):
     np.testing.assert_allclose(one[0], two[0], rtol=1e-5, atol=1e-5)
 
 
-def test_x_is_read_once_and_y_written_once(monkeypatch, rng):
-    """What the one launch is for."""
-    from triton.runtime import interpreter
-
-    x = torch.from_numpy(cases.make("standard_normal", (150, 64, 1), FLOAT32).copy())
-    y = torch.full_like(x, math.nan)
-    reads, writes = np.zeros(x.numel(), int), np.zeros(x.numel(), int)
-    builder = type(interpreter.interpreter_builder)
-
-    def counted(name, tensor, counts, mask_at):
-        method = getattr(builder, name)
-
-        def counting(self, pointers, *rest):
-            at = (pointers.data.astype(np.int64) - tensor.data_ptr()) // 4
-            mine = (at >= 0) & (at < tensor.numel()) & rest[mask_at].data.astype(bool)
-            np.add.at(counts, at[mine], 1)
-            return method(self, pointers, *rest)
-
-        monkeypatch.setattr(builder, name, counting)
-
-    counted("create_masked_load", x, reads, 0)
-    counted("create_masked_store", y, writes, 1)
-    block = verbs.Block(*x.shape)
-    of = verbs.Normalization(None, None, None, None, "relu", 1e-3, True)
-    out = torch.empty(2, 64)
-    fused.forward(x, block, of, None, verbs.Returned(None, None, *out, 1.0, 1.0), y)
-    assert (reads == 1).all()
-    assert (writes == 1).all()
+@pytest.mark.parametrize("shift", [1, 2, 4, 8])
+def test_a_view_is_held_where_16_bytes_can_be_loaded_at_once(shift, monkeypatch, rng):
+    """On a GPU a word that begins anywhere is an error, and ends the process."""
+    x = cases.make("standard_normal", (90, 64, 1), cases.BFLOAT16)
+    scale, offset = parameters(rng, 64, x.dtype)
+    launched = []
+    for name in ("forward_resident", "gradient_resident"):
+        launch = getattr(verbs, name)
+        monkeypatch.setattr(
+            verbs, name, lambda *given, launch=launch: (launched.append(1), launch(*given))[1]
+        )
+    call = Call(x, scale, offset)
+    memory = torch.zeros(x.size + shift, dtype=torch.bfloat16)
+    call.x = memory[shift:].view(x.shape).copy_(call.x)
+    assert call.x.data_ptr() % 16 == 2 * shift % 16
+    assert_forward(call.forward(), x, scale, offset, axis=1)
+    batch = reference.moments(x, (0, 2))
+    dy = rng.standard_normal(x.shape).astype(x.dtype)
+    mean, variance = batch.mean.ravel(), batch.variance().ravel()
+    assert_gradients(call.gradient(dy), dy, x, scale, offset, mean, variance, axis=1)
+    assert len(launched) == (2 if shift == 8 else 0)
 
 
 @given(
@@ -211,3 +233,15 @@ def test_what_is_not_held(block):
 def test_tensors_of_float64_are_not_held():
     assert residency(100, 64, 1, 8, 132, 1) is None
     assert tensor(np.zeros(1)).dtype is torch.float64
+
+
+@triton.jit
+def _last_place(PLACE, member, words):
+    base, offsets = place_of(3, member, words, 4, 16, 2)
+    tl.store(PLACE, tl.max(base + offsets))
+
+
+def test_places_past_what_32_bits_can_count():
+    place = torch.zeros(1, dtype=torch.int64)
+    _last_place[(1,)](place, 1000, 2**28)
+    assert place.tolist() == [(1000 * 2 * 4 + 3) * 2**28 + 3 * 16 + 15]

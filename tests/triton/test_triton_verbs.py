@@ -16,6 +16,7 @@ import cases
 import fusebn
 from cases import BFLOAT16, FLOAT32, FLOAT64
 from conftest import assert_forward, assert_gradients, assert_moments, away_from_kinks, parameters
+from devices import poisoned_memory
 from fusebn import _reference as reference
 from fusebn.triton._tiles import tile_at
 
@@ -41,6 +42,8 @@ def verb_by_verb(request, monkeypatch):
     monkeypatch.setenv("FUSEBN_GPU_PERSISTENT", "0")
     if "ahead" not in request.node.name:
         monkeypatch.setattr(verbs, "_ahead", lambda *read: 1)
+    with poisoned_memory():
+        yield
 
 
 def tensor(array):
@@ -333,12 +336,22 @@ def test_the_same_bits_whoever_finishes_last(block, monkeypatch, rng):
 
 
 @triton.jit
-def _first_of_a_plane(BASE, number, group, width):
-    base, _, _, _, _ = tile_at(number, group, 1, 0, width, 64 * width, 1, 1, 0, 1, 16)
-    tl.store(BASE, base)
+def _place_of_a_tile(PLACE, number, group, width, stride, FOLD: tl.constexpr):
+    base, offsets, _, _, _ = tile_at(number, group, 1, 0, width, stride, 1, 1, FOLD, 4, 16)
+    tl.store(PLACE, base)
+    tl.store(PLACE + 1, tl.max(offsets))
 
 
-def test_planes_past_what_32_bits_can_count():
-    base = torch.zeros(1, dtype=torch.int64)
-    _first_of_a_plane[(1,)](base, 0, 63, 2**26)
-    assert base.tolist() == [63 * 2**26]
+@pytest.mark.parametrize(
+    ("number", "group", "width", "stride", "fold", "base"),
+    [
+        (0, 63, 2**26, 64 * 2**20, 0, 63 * 2**26),
+        (2**10, 0, 16, 2**20, 1, 2**10 * 4 * 2**20),
+        (0, 0, 16, 2**30, 1, 0),
+    ],
+    ids=["a plane", "a row", "within a tile"],
+)
+def test_places_past_what_32_bits_can_count(number, group, width, stride, fold, base):
+    place = torch.zeros(2, dtype=torch.int64)
+    _place_of_a_tile[(1,)](place, number, group, width, stride, fold)
+    assert place.tolist() == [base, 3 * stride + 15]

@@ -70,20 +70,31 @@ def packed(low, high, ELEMENT: tl.constexpr):
 
 
 @triton.jit
+def place_of(strip, member, words, ROWS: tl.constexpr, WORDS: tl.constexpr, HELD: tl.constexpr):
+    """Return where a program's part of a strip begins, and its first tile from there."""
+    # A tensor may have more words than 32 bits can count.
+    base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
+    return base, tl.arange(0, ROWS).to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
+
+
+@triton.jit
+def rows_of(K: tl.constexpr, member, rows, ROWS: tl.constexpr, HELD: tl.constexpr):
+    """Return which rows of a program's tile number K are there, [rows, 1]."""
+    return ((member * HELD + K) * ROWS + tl.arange(0, ROWS) < rows)[:, None]
+
+
+@triton.jit
 def load_strip(
     X, strip, member, rows, words,
     ROWS: tl.constexpr, WORDS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Return the tiles that a program holds of a strip."""
-    row = tl.arange(0, ROWS)
-    base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
-    offsets = row.to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
+    base, offsets = place_of(strip, member, words, ROWS, WORDS, HELD)
     held = ()
     for k in tl.static_range(HELD):
-        there = (member * HELD + k) * ROWS + row < rows
         at = X + base + k * ROWS * words.to(tl.int64) + offsets
-        tile = tl.load(at, mask=there[:, None], other=0, eviction_policy="evict_first")
-        held = held + (tile,)
+        data = rows_of(k, member, rows, ROWS, HELD)
+        held = held + (tl.load(at, mask=data, other=0, eviction_policy="evict_first"),)
     return held
 
 

@@ -14,6 +14,8 @@ from fusebn.triton._held import (
     load_strip,
     opaque,
     packed,
+    place_of,
+    rows_of,
     second_half,
     wait_for_all,
 )
@@ -35,7 +37,6 @@ def gradient_kernel(
     team, member = tl.program_id(0) // members, tl.program_id(0) % members
     lanes: tl.constexpr = WORDS if ELEMENT == tl.float32 else 2 * WORDS
     lane = tl.arange(0, lanes)
-    row = tl.arange(0, ROWS)
     # What activation the second phase has still to apply.
     left: tl.constexpr = ACTIVATION if RESIDUAL is None else "identity"
     for strip in range(team, strips, teams):
@@ -50,14 +51,13 @@ def gradient_kernel(
             b, high_b = halves(b, WORDS)
         xs = load_strip(X, strip, member, rows, words, ROWS, WORDS, HELD)
         dys = load_strip(DY, strip, member, rows, words, ROWS, WORDS, HELD)
-        base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
-        offsets = row.to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
+        base, offsets = place_of(strip, member, words, ROWS, WORDS, HELD)
         sum_g = tl.zeros([ROWS, WORDS], tl.float32)
         sum_g_x, high_sum_g, high_sum_g_x = sum_g, sum_g, sum_g
         gs = ()
         for k in tl.static_range(HELD):
             here = base + k * ROWS * words.to(tl.int64) + offsets
-            data = ((member * HELD + k) * ROWS + row < rows)[:, None]
+            data = rows_of(k, member, rows, ROWS, HELD)
             added = None
             if RESIDUAL is not None:
                 added = tl.load(RESIDUAL + here, mask=data, other=0, eviction_policy="evict_first")
@@ -121,7 +121,7 @@ def gradient_kernel(
             q, high_q = halves(q, WORDS)
         for k in tl.static_range(HELD):
             here = base + k * ROWS * words.to(tl.int64) + offsets
-            data = ((member * HELD + k) * ROWS + row < rows)[:, None]
+            data = rows_of(k, member, rows, ROWS, HELD)
             x, dy = opaque(xs[k]), opaque(gs[k])
             centred, g = first_half(x, ELEMENT) - m, first_half(dy, ELEMENT)
             g = through_activation(g, centred * a + b, left)

@@ -13,6 +13,8 @@ from fusebn.triton._held import (
     load_strip,
     opaque,
     packed,
+    place_of,
+    rows_of,
     second_half,
     wait_for_all,
 )
@@ -95,7 +97,7 @@ def forward_kernel(
             high_first = second_half(held[0], ELEMENT)
             high_mean, high_m2 = mean, mean
         for k in tl.static_range(HELD):
-            data = ((member * HELD + k) * ROWS + row < rows)[:, None]
+            data = rows_of(k, member, rows, ROWS, HELD)
             mean, m2 = _welford(mean, m2, first_half(held[k], ELEMENT) - first, data, k)
             if ELEMENT != tl.float32:
                 value = second_half(held[k], ELEMENT) - high_first
@@ -125,10 +127,9 @@ def forward_kernel(
             m, high_m = halves(m, WORDS)
             a, high_a = halves(a, WORDS)
             b, high_b = halves(b, WORDS)
-        base = (member * (HELD * ROWS)).to(tl.int64) * words + strip * WORDS
-        offsets = row.to(tl.int64)[:, None] * words + tl.arange(0, WORDS)[None, :]
+        base, offsets = place_of(strip, member, words, ROWS, WORDS, HELD)
         for k in tl.static_range(HELD):
-            data = ((member * HELD + k) * ROWS + row < rows)[:, None]
+            data = rows_of(k, member, rows, ROWS, HELD)
             here = base + k * ROWS * words.to(tl.int64) + offsets
             v = opaque(held[k])
             z = (first_half(v, ELEMENT) - m) * a + b
