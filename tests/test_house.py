@@ -126,7 +126,7 @@ ADAPTER_ARROWS = {
             "_variables",
             "modules",
         },
-        "_synchronized": {"_kernels", "_merging", "_portable", "_verbs"},
+        "_synchronized": {"_gpu", "_merging", "_portable", "_verbs"},
         "modules": {"_calls", "_spec", "_transforms", "_variables", "_wide", "functional"},
         "quantize": {
             "_arguments",
@@ -162,7 +162,7 @@ ADAPTER_ARROWS = {
         "_merging": {"_portable"},
         "_ops": {"_arguments", "_gpu", "_kernels", "_library", "_native", "_portable"},
         "_library": {"_arguments", "_gpu", "_kernels", "_portable", "_transforms", "_verbs"},
-        "_gpu": {"_arguments", "_kernels", "_portable", "triton"},
+        "_gpu": {"_arguments", "_kernels", "_portable", "_spec", "triton"},
         "_transforms": set(),
         "_verbs": {"_arguments", "_core", "_kernels", "_portable"},
         "_kernels": {"_arguments", "_core", "_portable", "_spec"},

@@ -11,8 +11,8 @@ from fusebn import _core
 # Framework -> what this version of fusebn does for it.
 _SUPPORT = {
     "numpy": "native kernels",
-    "torch": "native kernels on the CPU; PyTorch's own on other devices (untested), or Triton's on "
-    "CUDA's where FUSEBN_TRITON=1 asks for them (untested)",
+    "torch": "native kernels on the CPU; PyTorch's own on other devices (untested), but Triton's "
+    "on CUDA devices where FUSEBN_TRITON=1 asks for them (no GPU has run them yet)",
     "jax": "native calls and composite; info() after `import fusebn.jax` tells which",
     "keras": "a layer that runs as its backend's tensors do: TensorFlow's, JAX's or PyTorch's",
     "tensorflow": "native op and composite; info() after `import fusebn.tensorflow` tells which",

@@ -77,6 +77,13 @@ def same_shape(
         fail(ValueError, operation, argument, wanted, f"shape {shape}")
 
 
+def same_device(operation: str, argument: str, device: str, expected: str) -> None:
+    """Check that a tensor is where the others are."""
+    if device != expected:
+        wanted = f"be on {expected}, where the others are"
+        fail(ValueError, operation, argument, wanted, f"one on {device}", "Move it there first.")
+
+
 def channel_axis(
     operation: str, shape: tuple[int, ...], data_format: str | None, axis: Any = None
 ) -> int:

@@ -32,9 +32,16 @@ def tensor_of(operation: str, argument: str, value: Any) -> Tensor:
     return value
 
 
+def on_device_of(x: Tensor, operation: str, argument: str, tensor: Tensor) -> Tensor:
+    """Return a tensor that is where x is."""
+    if tensor.device != x.device:
+        _spec.same_device(operation, argument, str(tensor.device), str(x.device))
+    return tensor
+
+
 def like_x(operation: str, argument: str, value: Any, x: Tensor) -> Tensor:
-    """Return a tensor of the shape and dtype of x."""
-    tensor = tensor_of(operation, argument, value)
+    """Return a tensor of the shape, dtype and device of x."""
+    tensor = on_device_of(x, operation, argument, tensor_of(operation, argument, value))
     if tensor.dtype is not x.dtype:
         _spec.same_type(operation, argument, name_of(tensor.dtype), name_of(x.dtype))
     _spec.same_shape(operation, argument, tuple(tensor.shape), tuple(x.shape))
@@ -45,7 +52,7 @@ def parameter(operation: str, argument: str, value: Any, x: Tensor, dtype: torch
     """Return a floating parameter of any shape as a tensor of `dtype` beside x."""
     if not isinstance(value, Tensor):
         value = _converted(operation, argument, value, x, dtype)
-    return tensor_of(operation, argument, value).to(dtype)
+    return on_device_of(x, operation, argument, tensor_of(operation, argument, value)).to(dtype)
 
 
 def _converted(operation: str, argument: str, value: Any, x: Tensor, dtype: Any) -> Tensor:
@@ -80,6 +87,7 @@ def position_weights(
     weights = (
         value if isinstance(value, Tensor) else _converted(operation, argument, value, x, None)
     )
+    on_device_of(x, operation, argument, weights)
     if weights.is_floating_point() or weights.is_complex():
         tensor_of(operation, argument, weights)
     rank = x.ndim

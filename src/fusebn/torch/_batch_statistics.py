@@ -29,7 +29,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from fusebn.torch import _kernels, _library, _ops
 from fusebn.torch._arguments import stat_type
-from fusebn.torch._merging import Gather, merge, mix
+from fusebn.torch._merging import merged, mix
 from fusebn.torch._portable import Moments, Options
 from fusebn.torch._variables import Through
 from fusebn.torch._verbs import Normalization, rstd_of
@@ -96,10 +96,8 @@ def _long_way(
 def _moments(x: Tensor, weights: Tensor | None, axis: int, group: Any) -> Moments:
     """Return the moments of the whole batch, differentiable as often as one likes."""
     axes = tuple(i for i in range(x.ndim) if i != axis)
-    count, mean, m2 = _ops.moments(x, axes, weights)
-    if group is None:
-        return Moments(count, mean, m2)
-    return merge(Gather.apply(torch.cat([count.reshape(1), mean, m2]), group))
+    moments = _ops.moments(x, axes, weights)
+    return moments if group is None else merged(moments, group)
 
 
 def _variance(moments: Moments) -> Tensor:
@@ -153,13 +151,9 @@ class _Statistics(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weights: Tensor | None, link: _Link
     ) -> Any:
-        count, mean, m2 = _kernels.moments(x, link.options.axis, weights)
-        moments = Moments(mean.new_tensor(count), mean, m2)
+        moments = Moments(*_kernels.moments(x, link.options.axis, weights))
         if link.group is not None:
-            moments = merge(
-                Gather.apply(torch.cat([moments.count.reshape(1), mean, m2]), link.group)
-            )
-            moments = Moments(*(value.clone() for value in moments))
+            moments = Moments(*(value.clone() for value in merged(moments, link.group)))
         link.count = moments.count.item()
         ctx.link = link
         ctx.save_for_backward(x, weights, moments.mean)

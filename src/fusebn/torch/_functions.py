@@ -20,6 +20,7 @@ from fusebn.torch import _ops, _portable
 from fusebn.torch._arguments import (
     like_x,
     name_of,
+    on_device_of,
     parameter,
     position_weights,
     stat_type,
@@ -227,6 +228,7 @@ def weighted_moments(
     weights = frequency_weights
     if not isinstance(weights, Tensor):
         weights = parameter(operation, name, weights, x, torch.float64)
+    on_device_of(x, operation, name, weights)
     reduced = _spec.axes_of(operation, axes, tuple(x.shape))
     full = (1,) * (x.ndim - weights.ndim) + tuple(weights.shape)
     if not _broadcasts(full, tuple(x.shape)):
@@ -269,6 +271,7 @@ def sufficient_statistics(
         shift = (
             shift if isinstance(shift, Tensor) else parameter(operation, "shift", shift, x, x.dtype)
         )
+        on_device_of(x, operation, "shift", shift)
         kept = tuple(1 if axis in reduced else n for axis, n in enumerate(x.shape))
         full = (1,) * (x.ndim - shift.ndim) + tuple(shift.shape)
         if not _broadcasts(full, kept):
@@ -286,6 +289,7 @@ def normalize_moments(
     operation, wide = "normalize_moments", torch.float64
     mean_ss = tensor_of(operation, "mean_ss", mean_ss)
     variance_ss = tensor_of(operation, "variance_ss", variance_ss)
+    on_device_of(mean_ss, operation, "variance_ss", variance_ss)
     shapes = tuple(variance_ss.shape), tuple(mean_ss.shape)
     _spec.same_shape(operation, "variance_ss", *shapes, of="mean_ss")
     counts = torch.as_tensor(counts, dtype=wide, device=mean_ss.device)

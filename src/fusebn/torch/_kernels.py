@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fusebn import _core, _spec
-from fusebn.torch._arguments import ELEMENTS
+from fusebn.torch._arguments import ELEMENTS, stat_type
 from fusebn.torch._portable import Options
 
 ACTIVATIONS = {name or "identity": code for name, code in _spec.ACTIVATIONS.items()}
@@ -66,6 +66,16 @@ def positions(operation: str, y: Tensor, weights: Tensor, axis: int) -> Tensor:
             _spec.fail(ValueError, operation, "weights", "be finite and not negative", got)
     order = sorted(range(y.ndim), key=y.stride, reverse=True)
     return weights.permute(order).contiguous()
+
+
+def gradients_like(x: Tensor, *vectors: Tensor | None) -> list[Tensor]:
+    """Return room for the gradients of vectors, of no elements for those that are None."""
+    return [
+        x.new_empty([0], dtype=stat_type(x))
+        if of is None
+        else x.new_empty(of.shape, dtype=of.dtype)
+        for of in vectors
+    ]
 
 
 def address(tensor: Tensor | None) -> int | None:
@@ -249,7 +259,7 @@ def gradient(
     return dx
 
 
-def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor, Tensor]:
+def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Return count, mean and m2 of each index of the axis, in float64."""
     y = x if is_dense(x) else x.contiguous()
     if weights is not None:
@@ -265,7 +275,7 @@ def moments(x: Tensor, axis: int, weights: Tensor | None) -> tuple[float, Tensor
         m2.data_ptr(),
         lent=True,
     )
-    return count, mean, m2
+    return mean.new_tensor(count), mean, m2
 
 
 def is_dense(x: Tensor) -> bool:

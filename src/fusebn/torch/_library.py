@@ -52,7 +52,6 @@ def _in_line(*vectors: Tensor | None) -> Any:
     return (None if vector is None else vector.contiguous() for vector in vectors)
 
 
-@torch.library.impl("fusebn::batch_norm", "CPU", lib=_library)
 def _batch_norm_kernel(
     x: Tensor,
     scale: Tensor | None,
@@ -79,10 +78,6 @@ def _batch_norm_kernel(
     return y, *returned, batch, count.fill_(total)
 
 
-torch.library.impl("fusebn::batch_norm", "CUDA", lib=_library)(_gpu.batch_norm)
-torch.library.impl("fusebn::batch_norm_backward", "CUDA", lib=_library)(_gpu.batch_norm_backward)
-
-
 @torch.library.register_fake("fusebn::batch_norm", lib=_library)
 def _batch_norm_fake(x: Tensor, *_: Tensor | None, axis: int, **__: Any) -> tuple[Tensor, ...]:
     returned, batch, count = _statistics_of(x, axis)
@@ -97,7 +92,6 @@ def _statistics_of(x: Tensor, axis: int) -> tuple[list[Tensor], Tensor, Tensor]:
     return returned, batch, x.new_empty([], dtype=torch.float64)
 
 
-@torch.library.impl("fusebn::batch_norm_backward", "CPU", lib=_library)
 def _backward_kernel(
     dy: Tensor,
     dmean: Tensor | None,
@@ -112,7 +106,7 @@ def _backward_kernel(
     weights: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, ...]:
-    vectors = _gradients_like(x, scale, offset, mean, variance)
+    vectors = _kernels.gradients_like(x, scale, offset, mean, variance)
     dresidual = x.new_empty(0) if residual is None else _kernels.empty_like(x)
     if mean is not None and mean.dtype is not stat_type(x):
         dx = _kernels.empty_like(x)
@@ -159,18 +153,8 @@ def _backward_fake(
     **options: Any,
 ) -> tuple[Tensor, ...]:
     dresidual = x.new_empty([0]) if residual is None else torch.empty_like(x)
-    vectors = _gradients_like(x, scale, offset, mean, variance)
+    vectors = _kernels.gradients_like(x, scale, offset, mean, variance)
     return torch.empty_like(x), *vectors, dresidual
-
-
-def _gradients_like(x: Tensor, *vectors: Tensor | None) -> list[Tensor]:
-    """Return room for the gradients of vectors, none for those that are None."""
-    return [
-        x.new_empty([0], dtype=stat_type(x))
-        if of is None
-        else x.new_empty(of.shape, dtype=of.dtype)
-        for of in vectors
-    ]
 
 
 def _normalization(
@@ -195,14 +179,9 @@ def _moments_kernel(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tu
         if weights is not None:
             weights = weights.permute(*kept, *axes)
             weights = weights.reshape(1, *weights.shape[len(kept) :])
-    verb = _kernels.moments if x.is_cpu else _gpu.moments
+    verb = _gpu.moments if _gpu.serves(x) else _kernels.moments
     count, mean, m2 = verb(x, kept[0] if len(kept) == 1 else 0, weights)
-    count = torch.as_tensor(count, dtype=mean.dtype, device=mean.device)
     return count, mean.reshape(shape), m2.reshape(shape)
-
-
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("fusebn::moments", _device, lib=_library)(_moments_kernel)
 
 
 @torch.library.register_fake("fusebn::moments", lib=_library)
@@ -357,6 +336,32 @@ def _composite_backward(
 
 def _composite_moments(x: Tensor, weights: Tensor | None, *, axes: list[int]) -> tuple[Tensor, ...]:
     return _portable.moments(x, axes, weights)
+
+
+# ---- on which device ----
+
+
+def _implement(name: str, on_cpu: Any, on_gpu: Any, composite: Any) -> None:
+    """Register what computes an op.
+
+    On a CUDA device where no kernels are wanted it is the composite, for programs that were
+    exported elsewhere.
+    """
+
+    def beside_gpu(otherwise: Any) -> Any:
+        def implementation(first: Tensor, *tensors: Tensor | None, **options: Any) -> Any:
+            way = on_gpu if _gpu.serves(first) else otherwise
+            return way(first, *tensors, **options)
+
+        return implementation
+
+    for device, way in (("CPU", on_cpu), ("CUDA", composite)):
+        torch.library.impl(f"fusebn::{name}", device, lib=_library)(beside_gpu(way))
+
+
+_implement("batch_norm", _batch_norm_kernel, _gpu.batch_norm, _composite)
+_implement("batch_norm_backward", _backward_kernel, _gpu.batch_norm_backward, _composite_backward)
+_implement("moments", _moments_kernel, _moments_kernel, _composite_moments)
 
 
 # ---- vmap ----

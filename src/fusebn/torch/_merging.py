@@ -19,6 +19,12 @@ from fusebn.torch._portable import Moments
 # ---- the merge ----
 
 
+def merged(part: Moments, group: Any) -> Moments:
+    """Return the moments of the whole batch, of which every process has a part: one collective."""
+    count, mean, m2 = part
+    return merge(Gather.apply(torch.cat([count.reshape(1), mean, m2]), group))
+
+
 def merge(gathered: Tensor) -> Moments:
     """Merge moments, a row [count, mean, m2] for each rank."""
     channels = (gathered.shape[1] - 1) // 2
@@ -39,10 +45,16 @@ def mix(mean: Tensor, variance: Tensor, moments: Moments, factor: float, correct
     """Move running statistics towards those of the batch; one of count 0 has none."""
     count, n = moments.count, torch.where(moments.count > 0, moments.count, 1)
     unbiased = torch.where(count > correction, count - correction, n)
-    for old, new in ((mean, moments.mean), (variance, moments.m2 / unbiased)):
+
+    def mixed(old: Tensor, new: Tensor) -> Tensor:
         # With factor 1 what was there has no part in it, whatever it was.
-        mixed = new if factor == 1 else (1 - factor) * old.double() + factor * new
-        old.copy_(torch.where(count > 0, mixed, old.double()))
+        new = new if factor == 1 else (1 - factor) * old.double() + factor * new
+        return torch.where(count > 0, new, old.double())
+
+    # Both or none: nothing that could fail is left when the first is written.
+    both = mixed(mean, moments.mean), mixed(variance, moments.m2 / unbiased)
+    mean.copy_(both[0])
+    variance.copy_(both[1])
 
 
 # ---- the collectives ----
@@ -75,9 +87,10 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        gathered = values.new_empty(dist.get_world_size(group), values.numel())
-        dist.all_gather(list(gathered), values.contiguous(), group=group)
-        return gathered
+        gathered = values.new_empty(dist.get_world_size(group) * values.numel())
+        # Not into a list, which NCCL would fill by way of one more copy of everything.
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
+        return gathered.view(-1, values.numel())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:

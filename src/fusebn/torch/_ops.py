@@ -3,7 +3,7 @@
 - A plain tensor of the CPU, in eager mode, takes `FusedBatchNorm`, which spares PyTorch's
   dispatcher.
 - What compilers, exporters and ``torch.func`` are to see goes through the ops of `_library`.
-- On a CUDA device the ops are those of `_gpu`, where that is wanted.
+- On a CUDA device the kernels are those of `_gpu`, where that is wanted, by the same two ways.
 - On other devices it is PyTorch's own kernels, in `_native`.
 
 Every tensor that arrives here has been checked: parameters and statistics have one value a channel
@@ -52,12 +52,18 @@ class FusedBatchNorm(torch.autograd.Function):
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not is_plain(dy) or is_legacy_batchedtensor(dy):
             return _differentiable(dy, x, scale, offset, residual, batch, options, needed)
+        # Without an activation the residual's gradient is dy.
+        masked = options.activation != "identity"
+        if not isinstance(batch, np.ndarray):
+            wanted = *needed[:3], needed[3] and masked
+            dx, dscale, doffset, dresidual = _gpu.gradient(
+                dy, x, *batch, scale, offset, residual, None, options, wanted
+            )
+            return dx, dscale, doffset, dresidual if masked or not needed[3] else dy, None
         dscale = torch.empty_like(scale) if needed[1] else None
         doffset = torch.empty_like(offset) if needed[2] else None
         dresidual = None
         if needed[3]:
-            # Without an activation the residual's gradient is dy.
-            masked = options.activation != "identity"
             dresidual = _kernels.empty_like(x) if masked else dy
         dx = _kernels.gradient(
             dy, None, None, x, scale, offset, residual, None, batch, options,
@@ -76,7 +82,7 @@ def _differentiable(
     options: Options,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    statistics = torch.from_numpy(batch)
+    statistics = torch.from_numpy(batch) if isinstance(batch, np.ndarray) else batch[0]
     mean, variance = (None, None) if options.training else statistics.to(stat_type(x))
     inputs = [x, scale, offset, mean, variance, residual, None]
     wanted = (*needed[:3], False, False, needed[3], False)
@@ -171,14 +177,42 @@ def batch_norm_updating(
 
     A batch of count 0 leaves them as they are.
     """
-    if weights is None and is_plain(x):
+    plain = weights is None and is_plain(x)
+    if plain:
         y = short_way(x, scale, offset, mean, variance, residual, options)
         if y is not None:
             return y
     tensors = (x, scale, offset, mean, variance, residual, weights)
     if not _has_kernels(x):
         return _native.batch_norm_updating(*tensors, options)
+    if plain and _gpu.serves(x) and x.numel() and not _is_learned(mean, variance):
+        return _short_way_of_a_gpu(x, scale, offset, mean, variance, residual, options)
     return _through_op(*tensors, options)  # type: ignore[no-any-return]
+
+
+def _is_learned(mean: Tensor | None, variance: Tensor | None) -> bool:
+    return any(of is not None and of.requires_grad for of in (mean, variance))
+
+
+def _short_way_of_a_gpu(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Do it past the dispatcher, and without the copies that an op must make: a launch for each."""
+    with torch.no_grad():
+        given = [None if of is None else of.to(stat_type(x)) for of in (mean, variance)]
+        new = _gpu.room_for_statistics(x, options.axis) if options.training else given
+        y, *batch = _gpu.forward(x, scale, offset, *given, residual, None, options, new)
+        if options.training and mean is not None and variance is not None:
+            torch._foreach_copy_([mean, variance], new)
+    if not torch.is_grad_enabled():
+        return y
+    return _apply(x, scale, offset, residual, (y, batch, options))
 
 
 def _through_op(
@@ -202,10 +236,15 @@ def _through_op(
     )
     if options.training and mean is not None and variance is not None:
         with torch.no_grad():
-            for old, new in zip((mean, variance), returned, strict=True):
-                new = new.detach().to(old.dtype)
-                # With factor 1 the op does not know what was given.
-                old.copy_(new if options.factor != 1 else torch.where(count > 0, new, old))
+            running = mean, variance
+            both = [new.detach().to(old.dtype) for old, new in zip(running, returned, strict=True)]
+            if options.factor == 1:  # the op does not know what was given
+                both = [
+                    torch.where(count > 0, new, old) for old, new in zip(running, both, strict=True)
+                ]
+            # Both or none: nothing that could fail is left when the first is written.
+            for old, new in zip(running, both, strict=True):
+                old.copy_(new)
     return y
 
 

@@ -6,8 +6,9 @@ two sums of the verb `backward_sums` before `backward` uses them. So there is on
 forward, and one backward, of 2 * channels doubles. Gradients of scale and offset stay those of the
 part, as everything else does that ``DistributedDataParallel`` averages.
 
-Derivatives of higher order, those of the weights, and other devices than the CPU take the
-composite: `_portable` on both sides of a gather that can be differentiated.
+The verbs are the core's on a CPU, and Triton's on a CUDA device where these are wanted. Derivatives
+of higher order, those of the weights, and other devices take the composite: `_portable` on both
+sides of a gather that can be differentiated.
 """
 
 from typing import Any
@@ -16,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusebn.torch import _kernels, _portable
-from fusebn.torch._merging import Gather, merge, variance_of
+from fusebn.torch import _gpu, _portable, _verbs
+from fusebn.torch._merging import merged, variance_of
 from fusebn.torch._portable import Moments, Options
-from fusebn.torch._verbs import Normalization, rstd_of
 
 
 def batch_norm(
@@ -52,11 +52,19 @@ def _batch_norm(
     options: Options,
     group: Any,
 ) -> tuple[Tensor, Moments]:
-    if not x.is_cpu:
+    verbs = _verbs_for(x)
+    if verbs is None:
         y, moments = _composite(x, scale, offset, residual, weights, options, group)
         return y, Moments(*(value.detach() for value in moments))
-    y, *moments = _Synchronized.apply(x, scale, offset, residual, weights, options, group)
-    return y, Moments(*moments)
+    y, *found = _Synchronized.apply(x, scale, offset, residual, weights, options, group, verbs)
+    return y, Moments(*found)
+
+
+def _verbs_for(x: Tensor) -> Any:
+    """Return the module of the verbs that take x, or None if there is none."""
+    if _gpu.serves(x):
+        return _gpu
+    return _verbs if x.is_cpu else None
 
 
 # ---- the composite ----
@@ -73,8 +81,7 @@ def _composite(
 ) -> tuple[Tensor, Moments]:
     """Do what `batch_norm` does by PyTorch's own ops, differentiable as often as one likes."""
     axes = [i for i in range(x.ndim) if i != options.axis]
-    count, mean, m2 = _portable.moments(x, axes, weights)
-    moments = merge(Gather.apply(torch.cat([count.reshape(1), mean, m2]), group))
+    moments = merged(Moments(*_portable.moments(x, axes, weights)), group)
     given = moments.mean, variance_of(moments)
     y, *_ = _portable.batch_norm(
         x, scale, offset, *given, residual, None, options._replace(training=False)
@@ -82,7 +89,7 @@ def _composite(
     return y, moments
 
 
-# ---- on the core ----
+# ---- by the verbs ----
 
 
 class _Synchronized(torch.autograd.Function):
@@ -98,41 +105,40 @@ class _Synchronized(torch.autograd.Function):
         weights: Tensor | None,
         options: Options,
         group: Any,
+        verbs: Any,
     ) -> Any:
-        count, mean, m2 = _kernels.moments(x, options.axis, weights)
-        moments = merge(Gather.apply(torch.cat([mean.new_tensor([count]), mean, m2]), group))
-        ctx.options, ctx.group, ctx.count = options, group, moments.count.item()
-        mean, rstd = moments.mean.clone(), rstd_of(variance_of(moments), options.epsilon)
-        ctx.save_for_backward(x, scale, offset, residual, weights, mean, rstd)
+        moments = merged(Moments(*verbs.moments(x, options.axis, weights)), group)
+        batch = torch.stack([moments.mean, variance_of(moments)])
+        ctx.options, ctx.group, ctx.verbs = options, group, verbs
+        ctx.save_for_backward(x, scale, offset, residual, weights, batch, moments.count)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*moments)
-        y = _kernels.empty_like(x)
-        # Of a batch of count 0 x is forgotten, NaN and all.
-        source = x if ctx.count else y.zero_()
-        Normalization(y, source, mean, rstd, scale, offset, residual, options).write(y)
+        y = verbs.normalize(x, batch, moments.count, scale, offset, residual, options)
         return y, *moments
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> Any:
-        *tensors, mean, rstd = ctx.saved_tensors
+        *tensors, batch, count = ctx.saved_tensors
         x, scale, offset, residual, weights = tensors
         options, group, needed = ctx.options, ctx.group, ctx.needs_input_grad
         if dy is None:
             dy = torch.zeros_like(x)
         if torch.is_grad_enabled() or needed[4]:
-            return *_through_composite(dy, tensors, options, group, needed), None, None
-        dx = _kernels.empty_like(x)
-        normalization = Normalization(dx, x, mean, rstd, scale, offset, residual, options)
-        dy = _kernels.beside(dx, dy)
-        sums = normalization.sums(dy)
-        dscale = (rstd * sums[1]).to(scale.dtype) if needed[1] else None
-        doffset = sums[0].to(offset.dtype, copy=True) if needed[2] else None
-        if needed[0]:
-            dist.all_reduce(sums, group=group)
-        dresidual = _kernels.empty_like(x) if needed[3] else None
-        through = sums if ctx.count else None
-        normalization.write_gradients(dy, weights, ctx.count, through, dx, dresidual)
-        return dx, dscale, doffset, dresidual, None, None, None
+            return *_through_composite(dy, tensors, options, group, needed), None, None, None
+
+        def join(sums: Tensor) -> None:
+            if needed[0]:
+                dist.all_reduce(sums, group=group)
+
+        # Without an activation the residual's gradient is dy.
+        masked = options.activation != "identity"
+        wanted = *needed[:3], needed[3] and masked
+        *found, dresidual = ctx.verbs.gradient(
+            dy, x, batch, count, scale, offset, residual, weights, options, wanted, join
+        )
+        if needed[3] and not masked:
+            dresidual = dy
+        return *found, dresidual, None, None, None, None
 
 
 def _through_composite(

@@ -1,4 +1,9 @@
-"""The verbs of the core on tensors of the CPU, one by one, for what happens in between."""
+"""The verbs of the core on tensors of the CPU, one by one, for what happens in between.
+
+`moments`, `normalize` and `gradient` are what a batch in parts is made of; `_gpu` has the same.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,3 +94,59 @@ class Normalization:
 
 def _in_line(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
+
+
+# ---- a batch in parts ----
+
+moments = _kernels.moments
+
+
+def normalize(
+    x: Tensor,
+    batch: Tensor,
+    count: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """Return y, by the mean and variance of a batch that may be larger than x."""
+    y = _kernels.empty_like(x)
+    # Of a batch of count 0 x is forgotten, NaN and all.
+    source = x if count.item() else y.zero_()
+    rstd = rstd_of(batch[1], options.epsilon)
+    Normalization(y, source, batch[0], rstd, scale, offset, residual, options).write(y)
+    return y
+
+
+def gradient(
+    dy: Tensor,
+    x: Tensor,
+    batch: Tensor,
+    count: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    residual: Tensor | None,
+    weights: Tensor | None,
+    options: Options,
+    needed: Sequence[bool],
+    join: Callable[[Tensor], None],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, scale, offset and residual; the last three, if needed.
+
+    `join` adds up the sums of all parts of the batch, in place; scale and offset get what comes of
+    the part that x is.
+    """
+    dx = _kernels.empty_like(x)
+    rstd = rstd_of(batch[1], options.epsilon)
+    normalization = Normalization(dx, x, batch[0], rstd, scale, offset, residual, options)
+    dy = _kernels.beside(dx, dy)
+    sums = normalization.sums(dy)
+    dscale = (rstd * sums[1]).to(stat_type(x)) if needed[1] else None
+    doffset = sums[0].to(stat_type(x), copy=True) if needed[2] else None
+    join(sums)
+    dresidual = _kernels.empty_like(x) if needed[3] else None
+    total = count.item()
+    through = sums if total else None
+    normalization.write_gradients(dy, weights, total, through, dx, dresidual)
+    return dx, dscale, doffset, dresidual

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusebn import _spec
 from fusebn.torch import _batch_statistics, _ops, _portable
-from fusebn.torch._arguments import ELEMENTS, position_weights, stat_type
+from fusebn.torch._arguments import ELEMENTS, on_device_of, position_weights, stat_type
 from fusebn.torch._portable import Options
 from fusebn.torch._variables import Through
 
@@ -87,7 +87,7 @@ def batch_norm(
         As PyTorch, with PyTorch's text, for PyTorch's arguments: above all, a training batch of
         one value per channel is a ValueError. In our own words for the rest.
     NotImplementedError
-        `weights` on another device than the CPU.
+        `weights` on another device than the CPU, unless ``FUSEBN_TRITON=1`` and that is CUDA's.
 
     Notes
     -----
@@ -323,5 +323,6 @@ def _joins(residual: Any, input: Tensor) -> bool:
     """Say whether the residual can be added in the same pass."""
     if not isinstance(residual, Tensor):
         _spec.fail(TypeError, _OPERATION, "residual", "be a tensor", type(residual).__name__)
+    on_device_of(input, _OPERATION, "residual", residual)
     _spec.same_shape(_OPERATION, "residual", tuple(residual.shape), tuple(input.shape), "input")
     return residual.dtype is input.dtype

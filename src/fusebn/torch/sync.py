@@ -56,8 +56,9 @@ class SyncBatchNorm(Extended):
     -----
     Every process of the group must come to each forward, and to each backward of its input, in the
     same order, and have the same number of channels. On the CPU the kernels are ours, with gloo or
-    any other backend. On other devices the parts between the collectives are PyTorch's own ops;
-    that has not been run on a GPU yet. ``torch.compile`` leaves it between two graphs.
+    any other backend; on CUDA devices they are where ``FUSEBN_TRITON=1`` asks for Triton's, and
+    nothing waits for the device then. Otherwise the parts between the collectives are PyTorch's own
+    ops. No GPU has run either yet. ``torch.compile`` leaves it between two graphs.
 
     This is no subclass of PyTorch's, which ``DistributedDataParallel`` refuses on a CPU.
 
@@ -135,7 +136,7 @@ class SyncBatchNorm(Extended):
             return super()._normalize(
                 input, mean, var, training, factor, residual, activation, weights, through
             )
-        axis = self._check(input)
+        axis = self._check(input, mean, var)
         _spec.activation(_NAME, activation)
         chosen = activation or "identity"
         if residual is not None and not self._joins(residual, input):
@@ -173,9 +174,12 @@ class SyncBatchNorm(Extended):
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
-    def _check(self, input: Tensor) -> int:
+    def _check(self, input: Tensor, mean: Tensor | None, var: Tensor | None) -> int:
         """Return the axis of a good input: what one process finds out alone stalls the others."""
         _arguments.tensor_of(_NAME, "input", input)
+        for name, running in (("running_mean", mean), ("running_var", var)):
+            if running is not None:
+                _arguments.on_device_of(input, _NAME, name, running)
         shape = tuple(input.shape)
         axis = _spec.axis_of(_NAME, "axis", self.axis, shape)
         if shape[axis] != self.num_features:
@@ -186,7 +190,9 @@ class SyncBatchNorm(Extended):
     @staticmethod
     def _joins(residual: Any, input: Tensor) -> bool:
         """Say whether the residual can be added in the same pass."""
-        _arguments.tensor_of(_NAME, "residual", residual)
+        _arguments.on_device_of(
+            input, _NAME, "residual", _arguments.tensor_of(_NAME, "residual", residual)
+        )
         _spec.same_shape(_NAME, "residual", tuple(residual.shape), tuple(input.shape), "input")
         return bool(residual.dtype is input.dtype)
 

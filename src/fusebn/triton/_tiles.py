@@ -24,7 +24,8 @@ def tile_at(
 ):  # fmt: skip
     """Return of a tile: the first element, the rest from there, what is data; rows and columns."""
     if FOLD == 0:
-        down, across = number // chunks, number % chunks
+        # As wide as width is: a plane, too, may have more elements than 32 bits can count.
+        down, across = number // chunks, number % chunks + 0 * width
         first_column = group.to(tl.int64) * width
     else:
         down, across = number, group

@@ -5,6 +5,7 @@ A caller has checked the arguments, and hands over tensors that lie as the plan 
 """
 
 from ctypes import c_float
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -214,7 +215,9 @@ _ELEMENTS = {
 def _statistics(x: Tensor, block: Block) -> Statistics:
     """Return room for the statistics of a batch."""
     batch = x.new_empty((2, block.channels), dtype=torch.float64)
-    return Statistics(x.new_empty((), dtype=torch.float64), batch)
+    # The count is filled in with the first channel, if there is one.
+    room = x.new_empty if block.channels else x.new_zeros
+    return Statistics(room((), dtype=torch.float64), batch)
 
 
 def _words(x: Tensor | None) -> Tensor | None:
@@ -227,10 +230,17 @@ def _stat(x: Tensor) -> Any:
     return tl.float64 if x.dtype is torch.float64 else tl.float32
 
 
+# Of a block without channels: no program at all.
+_NOTHING = Plan(0, 1, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1)
+
+
 def _plan_of(x: Tensor, block: Block, *, joins: bool) -> Plan:
+    if not block.channels:
+        return _NOTHING
     return plan(*block, x.element_size(), _processors(x.device), joins=joins)
 
 
+@cache
 def _processors(device: torch.device) -> int:
     if device.type == "cpu":  # Triton's interpreter: enough for programs to share a group
         return 4
