@@ -56,8 +56,9 @@ class FusedBatchNorm(torch.autograd.Function):
         masked = options.activation != "identity"
         if not isinstance(batch, np.ndarray):
             wanted = *needed[:3], needed[3] and masked
+            statistics, count = batch
             dx, dscale, doffset, dresidual = _gpu.gradient(
-                dy, x, *batch, scale, offset, residual, None, options, wanted
+                dy, x, statistics, count, scale, offset, residual, None, options, wanted
             )
             return dx, dscale, doffset, dresidual if masked or not needed[3] else dy, None
         dscale = torch.empty_like(scale) if needed[1] else None
@@ -205,14 +206,17 @@ def _short_way_of_a_gpu(
 ) -> Tensor:
     """Do it past the dispatcher, and without the copies that an op must make: a launch for each."""
     with torch.no_grad():
-        given = [None if of is None else of.to(stat_type(x)) for of in (mean, variance)]
-        new = _gpu.room_for_statistics(x, options.axis) if options.training else given
-        y, *batch = _gpu.forward(x, scale, offset, *given, residual, None, options, new)
+        old = [None if of is None else of.to(stat_type(x)) for of in (mean, variance)]
+        new: Any = _gpu.room_for_statistics(x, options.axis) if options.training else old
+        y, batch, count = _gpu.forward(
+            x, scale, offset, old[0], old[1], residual, None, options, new
+        )
         if options.training and mean is not None and variance is not None:
             torch._foreach_copy_([mean, variance], new)
     if not torch.is_grad_enabled():
         return y
-    return _apply(x, scale, offset, residual, (y, batch, options))
+    result: Tensor = _apply(x, scale, offset, residual, (y, (batch, count), options))
+    return result
 
 
 def _through_op(

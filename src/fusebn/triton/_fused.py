@@ -154,6 +154,6 @@ def _fill_given(
         parts = [share, None if flows is None else kept * flows]
         found = [part for part in parts if part is not None]
         if found:
-            filled.copy_(sum(found))
+            filled.copy_(sum(found[1:], found[0]))
         else:
             filled.zero_()
