@@ -240,8 +240,9 @@ def _on_device(
     _write(results.as_json(), page, where, "", json_path, out, console)
     if any(record.runs for record in results.records):
         _plot(results, where, plot_path, out, console)
-    wrong = [*results.records, *(results.training.records if results.training else [])]
-    _end(any(record.wrong for record in wrong), console)
+    steps = results.training.records if results.training else []
+    wrong = any(record.wrong for record in results.records)
+    _end(wrong or any(record.wrong for record in steps), console)
 
 
 def _plot(

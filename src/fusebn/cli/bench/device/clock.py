@@ -113,7 +113,8 @@ class CudaClock:
             once()
         end.record(self._stream)
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
 
 
 def _run(order: Sequence[Call], kept: deque[Any]) -> None:
