@@ -481,6 +481,9 @@ def test_a_sum_is_over_all_53():
     assert (row.batch, row.seconds) == (8, {"fusebn": 53.0, "eager": 159.0})
     assert row.two_sweeps == pytest.approx(row.one_sweep * 1.5)
     assert list(sums(a_result(records[1:]))) == []
+    page = markdown(a_result(records), a_chip())
+    assert "## All 53 of ResNet-50, bfloat16: milliseconds" in page
+    assert "| 53000.00 | 159000.00 |" in page
     records[0].runs.pop()  # who was not measured once has no sum
     [row] = sums(a_result(records))
     assert row.seconds == {"fusebn": 53.0}

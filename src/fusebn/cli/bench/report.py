@@ -22,6 +22,10 @@ SHORT = {
     "jax": "JAX",
     "keras": "Keras",
     "onnxruntime": "ORT",
+    # on a GPU
+    "fusebn-2": "two launches",
+    "eager": "PyTorch",
+    "compile": "compile",
 }
 LAYOUT = {"channels-last": "last", "channels-first": "first"}
 FLOOR = """\

@@ -13,7 +13,7 @@ from rich.text import Text
 from fusebn.cli.bench.device.chip import Chip
 from fusebn.cli.bench.device.findings import DeviceRecord, DeviceResults, DeviceRun, Goal, sums
 from fusebn.cli.bench.machine import described
-from fusebn.cli.bench.report import LAYOUT, means_table, table_rows
+from fusebn.cli.bench.report import LAYOUT, SHORT, means_table, table_rows
 from fusebn.cli.bench.results import Run, summary
 
 NOTE = """\
@@ -86,8 +86,14 @@ def show(results: DeviceResults, console: Console) -> None:
         console.print(f"\n[bold]{dtype}[/][dim], geometric means, shapes: {shapes}[/]")
         console.print(means_table(mine, results, "warm"))
     console.print(f"\n[dim]{NOTE}[/]")
-    for row in _sum_cells(results):
-        console.print(escape("  ".join(row)))
+    for title, (head, *rows) in _sums(results):
+        console.print(f"\n[bold]{title}[/][dim], milliseconds[/]")
+        table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+        for column, name in enumerate(head):
+            table.add_column(name, justify="right" if column > 1 else "left", no_wrap=not column)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     if results.records or results.training:
         console.print("\n[bold]Goals[/]")
         console.print(_goal_table(results.goals))
@@ -110,15 +116,18 @@ def _goal_cells(goal: Goal) -> list[str]:
     return [goal.name, goal.target, goal.measured or "not measured", met]
 
 
-def _sum_cells(results: DeviceResults) -> Iterator[list[str]]:
-    """Say of all 53 batch norms what each takes, in milliseconds."""
-    for row in sums(results):
-        yield [
-            f"all 53, {row.dtype}, {LAYOUT[row.layout]}, batch {row.batch}, {row.verb}:",
-            f"one sweep {1e3 * row.one_sweep:.2f} ms,",
-            f"two {1e3 * row.two_sweeps:.2f};",
-            ", ".join(f"{results.title(w)} {1e3 * s:.2f}" for w, s in row.seconds.items()),
-        ]
+def _sums(results: DeviceResults) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield what all batch norms of ResNet-50 take, a table for each type."""
+    for dtype, group in groupby(sums(results), key=lambda row: row.dtype):
+        rows = list(group)
+        whose = [who for who in results.titles if any(who in row.seconds for row in rows)]
+        titles = [SHORT.get(who, results.title(who)) for who in whose]
+        cells = [["verb", "ch.", "batch", "one\nsweep", "two\nsweeps", *titles]]
+        for row in rows:
+            times = (row.one_sweep, row.two_sweeps, *(row.seconds.get(who) for who in whose))
+            shown = ("-" if time is None else f"{1e3 * time:.2f}" for time in times)
+            cells.append([row.verb, LAYOUT[row.layout], str(row.batch), *shown])
+        yield f"All 53 of ResNet-50, {dtype}", cells
 
 
 def _facts(results: DeviceResults) -> Iterator[str]:
@@ -164,13 +173,18 @@ def markdown(results: DeviceResults, chip: Chip) -> str:
     page += table_rows(
         [["goal", "target", "measured", "met"], *(_goal_cells(goal) for goal in results.goals)]
     )
-    besides = [*(" ".join(row) for row in _sum_cells(results)), *_facts(results)]
-    if besides:
+    for title, cells in _sums(results):
+        page += ["", f"## {title}: milliseconds", "", *table_rows(_flat(cells))]
+    if besides := list(_facts(results)):
         page += ["", "## Besides", "", "```text", *besides, "```"]
     for dtype, records in groupby(results.cases(), key=lambda record: record.dtype):
         page += ["", f"## {dtype}, each case: microseconds", ""]
         page += table_rows(_details(results, list(records)))
     return "\n".join(page) + "\n"
+
+
+def _flat(cells: list[list[str]]) -> list[list[str]]:
+    return [[cell.replace("\n", " ") for cell in row] for row in cells]
 
 
 def _pairs(chip: Chip) -> list[list[str]]:
