@@ -16,6 +16,8 @@ from fusebn.cli.demo.torch.network import Model, Network, tensor_of
 from fusebn.cli.demo.torch.quantized import Quantizable
 from terminal import Demo, Page, assert_last_act, printed_rows, type_in_demo, type_in_without_space
 
+pytestmark = pytest.mark.of_the_cpu
+
 OPTIONS = ("--framework", "torch", "--seed", 5, "--epochs", 2)
 NORMS = {
     "bn": "relu",

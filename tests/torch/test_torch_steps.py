@@ -38,6 +38,8 @@ from fusebn.cli.bench.suites import (
 )
 from fusebn.cli.bench.worker import Worker
 
+pytestmark = pytest.mark.of_the_cpu
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -65,6 +65,15 @@ def test_hard_data(name):
     assert_moments(found, x, (0, 2))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what is under test
+def test_past_what_float32_can_square_everything_is_nan():
+    """Not y alone, and not the statistics alone: who looks at either sees it."""
+    x = np.float32(1e30) * np.resize([-1, 1], (90, 64, 1)).astype("float32")
+    x[::2] *= -1
+    for of in resident(x)[0]:
+        assert np.isnan(of).all()
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_moving_statistics_are_updated_once(factor, rng):
     x = cases.make("standard_normal", (150, 64, 1), FLOAT32)
