@@ -650,8 +650,8 @@ def made_up(monkeypatch):
     """Let the command find a device."""
     everybody = OURS, TWO_LAUNCHES, EAGER, COMPILED
     ground = command.Ground(CPU, Told(), a_chip(), 1 << 14, (1 << 14,), everybody)
-    monkeypatch.setattr(command, "check", lambda parts: None)
-    monkeypatch.setattr(command, "ground", lambda: ground)
+    monkeypatch.setattr(command, "check", lambda wish: None)
+    monkeypatch.setattr(command, "ground", lambda wish: ground)
     monkeypatch.setattr(probes, "barrier_kernel", interpreted.Together(probes.barrier_kernel))
     monkeypatch.setattr(torch_networks, "ResNet50", Small)
     monkeypatch.setattr(torch_networks, "LOSSES", 3)
@@ -703,7 +703,7 @@ def test_a_part_alone(made_up, tmp_path):
 
 def test_a_wrong_answer_ends_with_status_1(made_up, monkeypatch):
     wrong = made_up._replace(contestants=(damaged(OURS, "fusebn"), EAGER))
-    monkeypatch.setattr(command, "ground", lambda: wrong)
+    monkeypatch.setattr(command, "ground", lambda wish: wrong)
     result = run("--part", "verbs", "--shape", SHAPE, "--dtype", "float32",
                  "--layout", "channels-last", "--verb", "forward")  # fmt: skip
     assert result.exit_code == 1
@@ -747,17 +747,31 @@ def test_without_a_gpu_it_says_what_is_missing(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    for options in (("--peers", "torch"), ("--busy",), ("--torch",)):
+    for options in (("--busy",), ("--torch",)):
         result = run(*options)
         assert result.exit_code == 2
         assert f"{options[0]} does not go with --device cuda" in words(result)
     result = run("--part", "layers")
     assert "the parts of --device cuda are machine, verbs, resnet; got layers" in words(result)
+    result = run("--peers", "jax")
+    assert "the peers of --device cuda are torch, compile, apex, none; got jax" in words(result)
+    result = CliRunner().invoke(bench, ["--peers", "compile"])
+    assert result.exit_code == 2
+    assert "--peers compile goes with --device cuda" in words(result)
     found = command.__name__
     from fusebn.cli.bench import command as cli
 
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "triton" else found)
     assert "pip install 'fusebn[cli,triton]'" in words(run())
+
+
+def test_peers_are_those_that_are_asked_for_and_there(monkeypatch):
+    ours = (OURS, TWO_LAUNCHES)
+    assert contestants.present(()) == (*ours, EAGER, COMPILED)  # Apex is not installed
+    assert contestants.present(("none",)) == ours
+    assert contestants.present(("compile",)) == (*ours, COMPILED)
+    monkeypatch.setattr(contestants, "find_spec", lambda name: name == "apex")
+    assert contestants.present(("torch", "apex")) == (*ours, EAGER, APEX)
 
 
 def test_files_are_named_by_the_device():

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 QUICK_SECONDS = 42  # from the start of the command; the rest of the minute is for the last case
 QUICK_PEERS = ("torch",)
+ON_DEVICES = ("compile", "apex")  # peers that a CPU has not
 QUICK_LAYOUTS = LAYOUTS[:1]
 QUICK_DTYPES = ("float32",)
 
@@ -61,8 +62,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--peers",
     multiple=True,
-    type=click.Choice([*PEERS, "none"]),
-    help="Whom to compare with; by default everybody installed (with --quick, PyTorch).",
+    type=click.Choice([*PEERS, *ON_DEVICES, "none"]),
+    help="Whom to compare with; by default everybody installed (with --quick, PyTorch). With "
+    f"--device cuda: torch, {', '.join(ON_DEVICES)}.",
 )
 @click.option(
     "--device",
@@ -148,12 +150,14 @@ def bench(
     rounds = repeats or (5 if quick else 7)
     deadline = start + QUICK_SECONDS if quick else None
     if device != "cpu":
-        _no_such({"--peers": peers, "--busy": busy, f"--{framework}": framework})
+        _no_such({"--busy": busy, f"--{framework}": framework})
         os.environ["FUSEBN_TRITON"] = "1"  # before the next line: it is read there, once
         # Here, not above: PyTorch takes seconds, which all else does without.
         from fusebn.cli.bench.device.command import Wish
 
-        asked = Wish(parts, shapes, layouts, dtypes, verbs, rounds, quick, deadline)
+        asked = Wish(parts, shapes, layouts, dtypes, verbs, peers, rounds, quick, deadline)
+    elif elsewhere := set(peers) & set(ON_DEVICES):
+        raise click.UsageError(f"--peers {', '.join(sorted(elsewhere))} goes with --device cuda")
     if framework:
         _no_verbs(
             framework, {"--verb": verbs, "--peers": peers, "--busy": busy, "--plot": plot_path}
@@ -232,8 +236,8 @@ def _on_device(
     from fusebn.cli.bench.device import command as on_device
     from fusebn.cli.bench.device.tables import markdown
 
-    on_device.check(wish.parts)
-    ground = on_device.ground()
+    on_device.check(wish)
+    ground = on_device.ground(wish)
     where["device"] = ground.chip.name  # whose numbers they are, in tables and in names of files
     results = on_device.run(wish, where, ground, console)
     page = markdown(results, ground.chip)

@@ -16,7 +16,7 @@ from fusebn.cli.bench import steps_report
 from fusebn.cli.bench.cases import LAYOUTS, RESNET50, USUAL_DTYPES
 from fusebn.cli.bench.device import chip, race, tables, training
 from fusebn.cli.bench.device.clock import Clock, CudaClock
-from fusebn.cli.bench.device.contestants import OURS, Contestant, present
+from fusebn.cli.bench.device.contestants import OURS, PEERS, Contestant, present
 from fusebn.cli.bench.device.findings import DeviceResults
 from fusebn.cli.bench.device.goals import goals
 from fusebn.cli.bench.device.traffic import at_batch
@@ -43,6 +43,7 @@ class Wish(NamedTuple):
     layouts: tuple[str, ...]
     dtypes: tuple[str, ...]
     verbs: tuple[str, ...]
+    peers: tuple[str, ...]
     rounds: int
     quick: bool
     deadline: float | None
@@ -59,11 +60,10 @@ class Ground(NamedTuple):
     contestants: Sequence[Contestant]
 
 
-def check(parts: Sequence[str]) -> None:
-    """Raise click.UsageError unless a device can be measured here."""
-    for part in parts:
-        if part not in PARTS:
-            raise click.UsageError(f"the parts of --device cuda are {', '.join(PARTS)}; got {part}")
+def check(wish: Wish) -> None:
+    """Raise click.UsageError unless a device can be measured here, as was asked."""
+    _among("parts", PARTS, wish.parts)
+    _among("peers", (*PEERS, "none"), wish.peers)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise click.UsageError(
             "--device cuda would measure Triton's interpreter: unset TRITON_INTERPRET"
@@ -83,8 +83,15 @@ def check(parts: Sequence[str]) -> None:
         raise click.UsageError("--device cuda: set FUSEBN_TRITON=1 before fusebn.torch is imported")
 
 
-def ground() -> Ground:
-    """Return the current CUDA device, ready."""
+def _among(what: str, there: Sequence[str], asked: Sequence[str]) -> None:
+    for one in asked:
+        if one not in there:
+            names = ", ".join(there)
+            raise click.UsageError(f"the {what} of --device cuda are {names}; got {one}")
+
+
+def ground(wish: Wish) -> Ground:
+    """Return the current CUDA device, ready, and who is wanted there."""
     device = torch.device("cuda", torch.cuda.current_device())
     return Ground(
         device,
@@ -92,7 +99,7 @@ def ground() -> Ground:
         chip.chip_of(device),
         chip.large_on(device),
         chip.REREAD,
-        present(),
+        present(wish.peers),
     )
 
 

@@ -150,12 +150,14 @@ TWO_LAUNCHES = Contestant("fusebn-2", "fusebn, two launches", _ours)
 EAGER = Contestant("eager", "PyTorch", _eager)
 COMPILED = Contestant("compile", "torch.compile", _compiled)
 APEX = Contestant("apex", "Apex", _apex)
-CONTESTANTS = (OURS, TWO_LAUNCHES, EAGER, COMPILED, APEX)
+PEERS = {"torch": EAGER, "compile": COMPILED, "apex": APEX}  # as they are asked for
+CONTESTANTS = (OURS, TWO_LAUNCHES, *PEERS.values())
 
 
-def present() -> tuple[Contestant, ...]:
-    """Return who is here."""
-    return tuple(who for who in CONTESTANTS if who is not APEX or find_spec("apex"))
+def present(peers: tuple[str, ...]) -> tuple[Contestant, ...]:
+    """Return ours, and of the peers that are asked for, or else of all, who is here."""
+    here = {name: who for name, who in PEERS.items() if who is not APEX or find_spec("apex")}
+    return OURS, TWO_LAUNCHES, *(here[name] for name in here if name in (peers or PEERS))
 
 
 @contextmanager
