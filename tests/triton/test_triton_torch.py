@@ -310,6 +310,28 @@ def test_every_road_leads_to_the_kernels(name):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
+class OfItsOwn(torch.Tensor):
+    """What may have no memory that an address could tell of."""
+
+
+def test_what_is_no_plain_tensor_goes_through_the_dispatcher(monkeypatch):
+    x, scale = normal(*IMAGES), torch.rand(8).as_subclass(OfItsOwn)
+    mean, var = torch.zeros(8), torch.ones(8)
+    wanted = fbt.batch_norm(x, mean, var, scale, training=True)
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(_ops, "_short_way_of_a_gpu", never)
+    with as_on_a_gpu():
+        found = fbt.batch_norm(x, mean, var, scale, training=True)
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+        fbt.batch_norm(x[:0], mean, var, training=True)
+        fbt.batch_norm(x, mean, var.requires_grad_())
+        with pytest.raises(AssertionError):
+            fbt.batch_norm(x, mean, var.detach())
+
+
 def test_a_batch_in_parts_takes_them():
     assert _synchronized._verbs_for(torch.ones(1)) is _verbs
     with as_on_a_gpu():

@@ -186,13 +186,31 @@ def batch_norm_updating(
     tensors = (x, scale, offset, mean, variance, residual, weights)
     if not _has_kernels(x):
         return _native.batch_norm_updating(*tensors, options)
-    if plain and _gpu.serves(x) and x.numel() and not _is_learned(mean, variance):
+    if plain and _gpu.serves(x) and _have_addresses(*tensors[:6]):
         return _short_way_of_a_gpu(x, scale, offset, mean, variance, residual, options)
     return _through_op(*tensors, options)  # type: ignore[no-any-return]
 
 
-def _is_learned(mean: Tensor | None, variance: Tensor | None) -> bool:
-    return any(of is not None and of.requires_grad for of in (mean, variance))
+def _have_addresses(
+    x: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    residual: Tensor | None,
+) -> bool:
+    """Say whether an address is all that a kernel need know of these tensors.
+
+    That leaves out empty batches, which change no statistics, and statistics that are learned.
+    """
+    statistics = [of for of in (mean, variance) if of is not None]
+    given = [*statistics, *(of for of in (scale, offset, residual) if of is not None)]
+    return (
+        x.numel() > 0
+        and x.layout is torch.strided
+        and all(type(of) in _PLAIN for of in given)
+        and not any(of.requires_grad for of in statistics)
+    )
 
 
 def _short_way_of_a_gpu(
