@@ -56,9 +56,10 @@ class SyncBatchNorm(Extended):
     -----
     Every process of the group must come to each forward, and to each backward of its input, in the
     same order, and have the same number of channels. On the CPU the kernels are ours, with gloo or
-    any other backend; on CUDA devices they are where ``FUSEBN_TRITON=1`` asks for Triton's, and
-    nothing waits for the device then. Otherwise the parts between the collectives are PyTorch's own
-    ops. No GPU has run either yet. ``torch.compile`` leaves it between two graphs.
+    any other backend that has ``all_gather_into_tensor``; on CUDA devices they are where
+    ``FUSEBN_TRITON=1`` asks for Triton's, and nothing waits for the device then. Otherwise the
+    parts between the collectives are PyTorch's own ops. No GPU has run either yet.
+    ``torch.compile`` leaves it between two graphs.
 
     This is no subclass of PyTorch's, which ``DistributedDataParallel`` refuses on a CPU.
 
