@@ -216,12 +216,13 @@ def test_a_batch_of_which_nothing_counts(factor):
     assert (call.gradient(np.ones_like(x))[0] == 0).all()
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("factor", [1.0, 0.3, 0.0])  # 0.3 has more digits than float32
 @pytest.mark.parametrize("correction", [0.0, 1.0, 1e9])
-def test_returned_statistics(factor, correction, rng):
-    x = cases.make("standard_normal", (90, 3, 1), FLOAT32)
-    scale, offset = parameters(rng, 3, FLOAT32)
-    old = (np.float32([1, 2, 3]), np.float32([4, 5, 6]))
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+def test_returned_statistics(factor, correction, dtype, rng):
+    x = cases.make("standard_normal", (90, 3, 1), dtype)
+    scale, offset = parameters(rng, 3, dtype)
+    old = np.array([1, 2, 3], dtype), np.array([4, 5, 6], dtype)
     options = {"exponential_avg_factor": factor, "correction": correction}
     call = Call(x, scale, offset, *old, **options)
     assert_forward(call.forward(), x, scale, offset, *old, axis=1, **options)
@@ -255,7 +256,7 @@ def test_by_given_statistics(block, activation, rng):
     assert_gradients(call.gradient(dy), dy, x, *given, axis=1, activation=activation)
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.25])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
 def test_gradients_through_the_returned_statistics(factor, rng):
     block = (24, 7, 5)
     x, old = cases.make("standard_normal", block, FLOAT64), rng.uniform(1, 2, (2, 7))
