@@ -98,7 +98,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     on_a_gpu = config.getoption("--device") == "cuda"
     # A process that compiles kernels interprets none.
     left_out = HERE / ("triton" if on_a_gpu else "gpu")
-    return True if collection_path == left_out else None
+    # Files, too: a folder that the command line names is not asked about.
+    return True if left_out in (collection_path, *collection_path.parents) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
