@@ -149,6 +149,13 @@ def test_hard_data(name, block):
     assert_moments(found, x, (0, 2))
 
 
+@pytest.mark.parametrize("block", [(90, 32, 1), (6, 3, 49)], ids=str)
+def test_gradients_far_from_0(block, rng):
+    """Where float32 cannot hold the mean, the distances from it are still right."""
+    x = (1e6 + rng.standard_normal(block)).astype("float32")
+    check(x, rng, dy=np.abs(rng.standard_normal(block)).astype("float32"))
+
+
 @pytest.mark.parametrize("activation", cases.ACTIVATIONS)
 @pytest.mark.parametrize("block", FEW[1:3], ids=str)
 def test_activations_with_a_residual(activation, block, rng):
