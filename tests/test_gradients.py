@@ -274,9 +274,10 @@ def test_gradients_of_nothing(block: cases.Block, is_training: bool, dtype: np.d
     assert dscale.tolist() == doffset.tolist() == [0] * block[1]
 
 
-def test_gradients_of_weight_zero_in_all(dtype: np.dtype[Any]) -> None:
+@pytest.mark.parametrize("data", ["standard_normal", "one_nan", "one_inf"])
+def test_gradients_of_weight_zero_in_all(data: str, dtype: np.dtype[Any]) -> None:
     # y = activation(offset) there, whatever x: only the offset has a gradient.
-    x = cases.make("standard_normal", (5, 3, 1), dtype)[:, :, 0]
+    x = cases.make(data, (5, 3, 1), dtype)[:, :, 0]
     dy, scale, offset = np.ones_like(x), np.full(3, 2.0), np.array([1.0, -1.0, 3.0])
     weights = np.zeros(5)
     _, mean, variance = fusebn.fused_batch_norm(

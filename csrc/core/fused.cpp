@@ -114,7 +114,11 @@ void gradient(const Gradient<T>& f, Executor& executor) {
   }
   Normalization<T> normalization{f.mean, rstd, f.scale, f.offset, f.residual, f.activation};
   to_rstd(f.variance, f.epsilon, channels, rstd);
-  if (f.training && count == 0) {  // every x was as good as the mean, which nobody knows
+  const T* x = f.x;
+  std::unique_ptr<T[]> zeros;
+  if (f.training && count == 0) {  // as in forward, whatever x holds
+    zeros.reset(new T[f.block.elements()]());
+    x = zeros.get();
     std::fill_n(rstd, channels, 0);
     std::fill_n(scratch[5], channels, 0);
     normalization.mean = scratch[5];
@@ -130,7 +134,7 @@ void gradient(const Gradient<T>& f, Executor& executor) {
   const bool g_first =
       sums_wanted && f.dresidual && f.activation != Activation::identity && exact;
   if (sums_wanted)
-    verbs<T>().backward_sums(f.dy, f.x, f.block, normalization, sum_g, sum_g_x,
+    verbs<T>().backward_sums(f.dy, x, f.block, normalization, sum_g, sum_g_x,
                              g_first ? f.dresidual : nullptr, executor);
   if (f.dscale)
     for (int64_t c = 0; c < channels; ++c) f.dscale[c] = S(rstd[c] * sum_g_x[c]);
@@ -161,7 +165,7 @@ void gradient(const Gradient<T>& f, Executor& executor) {
     normalization.activation = Activation::identity;
     normalization.residual = nullptr;
   }
-  verbs<T>().backward(g_first ? f.dresidual : f.dy, f.x, f.block, normalization,
+  verbs<T>().backward(g_first ? f.dresidual : f.dy, x, f.block, normalization,
                       through_statistics ? &statistics : nullptr, f.weights, f.dx,
                       g_first ? nullptr : f.dresidual, executor);
 }
