@@ -238,6 +238,7 @@ ADAPTER_ARROWS = {
         "__init__": {"_ops", "_spec", "functional"},
         "linen": {"_flax", "_linen_quantize", "_spec", "_transformed"},
         "nnx": {"_flax", "_nnx_quantize", "_spec", "_transformed"},
+        "equinox": {"_arguments", "_spec", "_transformed", "functional"},
         "_linen_quantize": {"_observers", "_quantization", "_transforms"},
         "_nnx_quantize": {"_observers", "_quantization", "_transforms"},
         "_observers": {"_arguments", "_array_ops", "_quantization", "_spec"},
@@ -263,10 +264,11 @@ ADAPTER_ARROWS = {
         "_array_ops": {"_quantization"},
         "_masked": {"_ops", "_results", "_synchronized", "functional"},
         "functional": {"_arguments", "_functions", "_ops", "_results", "_spec", "_synchronized"},
-        "_synchronized": {"_calls", "_ops"},
+        "_synchronized": {"_calls", "_meshes", "_ops", "_portable"},
         "_functions": {"_arguments", "_array_ops", "_ops", "_portable", "_results", "_spec"},
-        "_ops": {"_calls", "_portable"},
-        "_calls": {"_core", "_portable", "_spec"},
+        "_ops": {"_calls", "_meshes", "_portable"},
+        "_calls": {"_core", "_meshes", "_portable", "_spec"},
+        "_meshes": set(),
         "_arguments": {"_portable", "_spec"},
         "_portable": set(),
     },
@@ -291,9 +293,9 @@ ADAPTER_ARROWS = {
         "_graph": set(),
     },
 }
-FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "triton"}
+FRAMEWORKS = {"torch", "jax", "tensorflow", "keras", "flax", "equinox", "triton"}
 # What an adapter may import besides its own framework: libraries on it, or the backends under it.
-BESIDE = {"triton": {"torch"}, "jax": {"flax"}, "keras": {"tensorflow", "torch"}}
+BESIDE = {"triton": {"torch"}, "jax": {"flax", "equinox"}, "keras": {"tensorflow", "torch"}}
 
 
 def imports_of(path: Path) -> set[str]:

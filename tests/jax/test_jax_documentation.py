@@ -39,7 +39,7 @@ def test_every_name_of_ours_exists() -> None:
 def test_every_public_name_is_mentioned() -> None:
     text = PAGE.read_text()
     assert [name for name in fbj.__all__ if f"{name}" not in text] == []
-    for layer in (fbj.linen, fbj.nnx):
+    for layer in (fbj.equinox, fbj.linen, fbj.nnx):
         assert all(f"fbj.{layer.__name__[11:]}.{name}" in text for name in layer.__all__)
 
 

@@ -411,11 +411,15 @@ def test_errors(options: Any, given: Any, kind: Any, message: str) -> None:
         jax.eval_shape(lambda: layer.init(KEY, jnp.ones((4, 3)), **given))
 
 
-@pytest.mark.parametrize("name", ["linen", "nnx"])
-def test_without_flax_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "library"), [("linen", "flax"), ("nnx", "flax"), ("equinox", "equinox")]
+)
+def test_without_its_library_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, name: str, library: str
+) -> None:
     monkeypatch.delitem(sys.modules, f"fusebn.jax.{name}", raising=False)
-    monkeypatch.setitem(sys.modules, "flax", None)
-    with pytest.raises(ImportError, match=r"pip install 'fusebn\[flax\]'"):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"pip install 'fusebn\[{library}\]'"):
         importlib.import_module(f"fusebn.jax.{name}")
     with pytest.raises(AttributeError, match="no attribute 'haiku'"):
         _ = fbj.haiku

@@ -4,8 +4,8 @@ The functions of :mod:`fusebn` take JAX's arrays as they take NumPy's, under ``j
 ``vmap`` and all the rest. On a CPU they are calls of fusebn's kernels; on other devices, and inside
 :func:`portable`, they are made of JAX's own operations.
 
-The layers are Flax's, in :mod:`fusebn.jax.linen` and :mod:`fusebn.jax.nnx`, which are imported when
-they are asked for.
+The layers are Flax's, in :mod:`fusebn.jax.linen` and :mod:`fusebn.jax.nnx`, and Equinox's, in
+:mod:`fusebn.jax.equinox`, which are imported when they are asked for.
 """
 
 from importlib import import_module as _import_module
@@ -25,7 +25,7 @@ from fusebn.jax.functional import batch_norm
 
 __all__ = ["batch_norm", "portable"]
 
-_LAYERS = ("linen", "nnx")
+_LAYERS = ("equinox", "linen", "nnx")
 
 
 def __getattr__(name: str) -> _Any:

@@ -1,8 +1,9 @@
 """The handlers of csrc/bindings/xla.cpp as JAX primitives: loaded, called, batched, lowered.
 
 Every array begins with an axis of problems (see xla.cpp), into which `vmap` folds its own. On a CPU
-a call becomes the handler, elsewhere, and where the library is missing, the function of `_portable`
-of the same name; inside :func:`portable` it is that function from the start.
+a call becomes the handler; elsewhere, in programs that XLA divides among devices (see `_meshes`),
+and where the library is missing, the function of `_portable` of the same name. Inside
+:func:`portable` it is that function from the start.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ from jax.interpreters import batching, mlir
 
 from fusebn import _core, _spec
 from fusebn.jax import _portable
+from fusebn.jax._meshes import divides, in_one_piece, like, varying
 from fusebn.jax._portable import Array, Arrays, Options
 
 # In the order of the Items of xla.cpp, which a call's bits speak of.
@@ -86,7 +88,8 @@ def support() -> str:
     """Return what `fusebn.info` says of JAX."""
     if why_not_loaded:
         return f"composite of JAX's own operations: {why_not_loaded}"
-    return "native calls on the CPU; a composite of JAX's own operations on other devices"
+    composite = "a composite of JAX's own operations on other devices, and across several"
+    return f"native calls on the CPU; {composite}"
 
 
 # ---- one call ----
@@ -124,12 +127,6 @@ def _one_by_one(composite: Callable[[Arrays, Options], Arrays]) -> Callable[...,
     return solve
 
 
-def varying(value: Array) -> frozenset[str]:
-    """Return the axes of a `shard_map` along which a value varies; none where it does not say."""
-    axes: frozenset[str] = jax.typeof(value).manual_axis_type.varying
-    return axes
-
-
 def _alike_varying(values: Sequence[Array]) -> list[Array]:
     """Return the operands varying along the same axes of a `shard_map`: those of any of them."""
     everywhere = frozenset[str]().union(*map(varying, values))
@@ -150,9 +147,10 @@ class Call:
         primitive.def_impl(self._run)
         primitive.def_abstract_eval(_types)
         batching.primitive_batchers[primitive] = self._batch
-        mlir.register_lowering(primitive, mlir.lower_fun(self.composite, multiple_results=True))
+        portable = mlir.lower_fun(self.composite, multiple_results=True)
+        mlir.register_lowering(primitive, portable)
         if name in HANDLERS and not why_not_loaded:
-            lowering = partial(_lower, jax.ffi.ffi_lowering(f"fusebn_{name}"))
+            lowering = partial(_lower, jax.ffi.ffi_lowering(f"fusebn_{name}"), portable)
             mlir.register_lowering(primitive, lowering, platform="cpu")
 
     def __call__(self, operands: Arrays, results: Sequence[str], options: Options) -> Arrays:
@@ -223,12 +221,15 @@ def _types(
 
 def _lower(
     lowering: Any,
+    portable: Any,
     context: Any,
     *values: Any,
     names: tuple[str, ...],
     results: tuple[str, ...],
     options: Options,
 ) -> Any:
+    if divides(context):
+        return portable(context, *values, names=names, results=results, options=options)
     activation = None if options.activation == "identity" else options.activation
     return lowering(
         context,
@@ -245,23 +246,9 @@ def _lower(
 # ---- from arrays to blocks and back ----
 
 
-def in_one_piece(x: Array) -> Array:
-    """Gather what is sharded over the explicit axes of a mesh; XLA does it for automatic ones."""
-    return _resharded(x, jax.typeof(x), (None,) * x.ndim)
-
-
-def _resharded(x: Array, like: Any, spec: tuple[Any, ...]) -> Array:
-    """Shard x over the mesh of a type that is sharded at all."""
-    if all(part is None for part in like.sharding.spec):
-        return x
-    named = jax.sharding.NamedSharding(like.sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    return jax.sharding.reshard(x, named)
-
-
-def like(x: Array, block: Array) -> Array:
+def unblocked(block: Array, x: Array) -> Array:
     """Return a block in the shape of x, and as x is sharded."""
-    kind = jax.typeof(x)
-    return _resharded(block.reshape(x.shape), kind, kind.sharding.spec)
+    return like(x, block.reshape(x.shape))
 
 
 def _cut(shape: tuple[int, ...], axis: int) -> tuple[int, int]:

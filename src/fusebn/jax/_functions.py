@@ -238,13 +238,17 @@ def _moments_of_own_weights(
     x: Array, weights: Array, *, reduced: tuple[int, ...], keepdims: bool
 ) -> list[Array]:
     """Weights that differ between channels, which the core has no verb for: two passes."""
-    w = jnp.broadcast_to(weights, x.shape)
-    x = jnp.where(w > 0, x.astype(w.dtype), 0)
+    x, w = x.astype(weights.dtype), jnp.broadcast_to(weights, x.shape)
+    # Of what has weight 0 a NaN or an infinity tells nothing, not even how more weight would do.
+    told = (w > 0) | jnp.isfinite(x)
+    x, w = jnp.where(told, x, 0), jnp.where(told, w, 0)
     count = jnp.sum(w, reduced, keepdims=True)
     n = jnp.where(count > 0, count, math.nan)
     high = jnp.sum(w * x, reduced, keepdims=True) / n
     low = jnp.sum(w * (x - high), reduced, keepdims=True) / n
-    variance = jnp.sum(w * jnp.square(x - high - low), reduced, keepdims=True) / n
+    squared = jnp.square(x - high - low)
+    squared = jnp.where((w > 0) | jnp.isfinite(squared), squared, 0)
+    variance = jnp.sum(w * squared, reduced, keepdims=True) / n
     mean, variance = (jnp.squeeze(value, reduced) for value in (high + low, variance))
     return _returned(reduced, keepdims, mean, variance)
 

@@ -20,12 +20,12 @@ from fusebn.jax._calls import (
     Call,
     asked_portable,
     block_of,
-    in_one_piece,
-    like,
     portable,
     positions_of,
     support,
+    unblocked,
 )
+from fusebn.jax._meshes import along, automatic
 from fusebn.jax._portable import OUTPUTS, PREFIX, Array, Arrays, Options
 
 __all__ = [
@@ -228,7 +228,11 @@ def batch_norm(
     """
     static = is_training if isinstance(is_training, bool) else None
     options = options._replace(training=static)
-    found: BatchNorm = _batch_norm(
+    vector = partial(along, x, options.axis)
+    compute = automatic(
+        _batch_norm, x, lambda: BatchNorm(along(x, *range(x.ndim)), vector(), vector(), along(x))
+    )
+    found: BatchNorm = compute(
         x, scale, offset, mean, variance, residual, weights,
         None if static is not None else is_training,
         options=options,
@@ -254,7 +258,7 @@ def _batch_norm(
     operands["training"] = _flag(is_training, options)
     found = _forward(operands, ("y", "mean", "variance", "batch", "count"), options)
     return BatchNorm(
-        like(x, found["y"]), *(found[name][0] for name in ("mean", "variance", "count"))
+        unblocked(found["y"], x), *(found[name][0] for name in ("mean", "variance", "count"))
     )
 
 
@@ -278,7 +282,14 @@ def batch_norm_gradient(
     """
     static = is_training if isinstance(is_training, bool) else None
     options = options._replace(training=static)
-    gradients: tuple[Array, Array | None, Array | None, Array | None] = _batch_norm_gradient(
+
+    def shardings() -> Any:
+        of_x, vector = along(x, *range(x.ndim)), along(x, options.axis)
+        wanted = (x, of_x), (scale, vector), (offset, vector), (residual, of_x)
+        return tuple(None if value is None else sharding for value, sharding in wanted)
+
+    compute = automatic(_batch_norm_gradient, x, shardings)
+    gradients: tuple[Array, Array | None, Array | None, Array | None] = compute(
         dy, x, scale, offset, mean, variance, residual, weights, dmean, dvariance,
         None if static is not None else is_training,
         options=options,
@@ -313,8 +324,8 @@ def _batch_norm_gradient(
     found = gradients_of(operands, into, wanted, options)
 
     dscale, doffset = (found[name][0] if name in found else None for name in ("scale", "offset"))
-    dresidual = None if residual is None else like(x, found["residual"])
-    return like(x, found["x"]), dscale, doffset, dresidual
+    dresidual = None if residual is None else unblocked(found["residual"], x)
+    return unblocked(found["x"], x), dscale, doffset, dresidual
 
 
 def _flag(is_training: Array | None, options: Options) -> Array:
@@ -376,8 +387,15 @@ def moments_over(
     High is the mean rounded, so low is of use to those only who go on computing. `reduced` is
     sorted; weights have the rank of x, and length 1 for the kept axes.
     """
-    x = in_one_piece(x)
     kept = [axis for axis in range(x.ndim) if axis not in reduced]
+    compute = automatic(_moments_over, x, lambda: (along(x), *[along(x, *kept)] * 3))
+    found: tuple[Array, Array, Array, Array] = compute(x, weights, kept=kept, reduced=reduced)
+    return found
+
+
+def _moments_over(
+    x: Array, weights: Array | None, *, kept: list[int], reduced: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
     shape = tuple(x.shape[axis] for axis in kept)
     if weights is not None:
         full = tuple(1 if axis in kept else n for axis, n in enumerate(x.shape))
@@ -411,7 +429,7 @@ def normalize(
 ) -> Array:
     """Return y, normalized by the mean and variance in `batch` (see `Moments`)."""
     operands = _normalization(x, batch, scale, offset, residual, options.axis)
-    return like(x, _normalize(operands, ("y",), options)["y"])
+    return unblocked(_normalize(operands, ("y",), options)["y"], x)
 
 
 def backward_sums(
@@ -454,5 +472,7 @@ def backward(
     if weights is not None:
         operands["weights"] = positions_of(weights, x, options.axis)
     results = ("dx",) if residual is None else ("dx", "dresidual")
-    found = {name: like(x, value) for name, value in _backward(operands, results, options).items()}
+    found = {
+        name: unblocked(value, x) for name, value in _backward(operands, results, options).items()
+    }
     return found["dx"], found.get("dresidual")

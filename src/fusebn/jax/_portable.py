@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 Array = Any
 Arrays = dict[str, Array]  # by the names of `_calls.OPERANDS` and `_calls.RESULTS`
@@ -71,8 +72,12 @@ def _centred(x: Array, mean: Array) -> Array:
     return _wide(x) - _spread(mean[0]) - _spread(mean[1])
 
 
-def _moments(x: Array, weights: Array | None) -> tuple[Array, Array, Array]:
-    """Return the count, the mean as a pair, and the biased variance; 0, 0, 0 of nothing."""
+Moments = tuple[Array, Array, Array]  # the count, the mean as a pair, and the biased variance
+
+
+@jax.custom_jvp
+def _moments(x: Array, weights: Array | None) -> Moments:
+    """Return the moments of a block; 0, 0, 0 of nothing."""
     x = _wide(x)
     if weights is None:
         w: Any = jnp.ones((), x.dtype)
@@ -87,7 +92,29 @@ def _moments(x: Array, weights: Array | None) -> tuple[Array, Array, Array]:
     high = near + rest  # the mean, rounded; low is what that lost
     mean = jnp.stack([high, rest - (high - near)])
     mean = jnp.where(jnp.isfinite(mean), mean, math.nan)
-    return count, mean, _sum(w * jnp.square(_centred(x, mean))) / n
+    distance = _centred(x, mean)
+    if weights is not None:
+        distance = jnp.where(w > 0, distance, 0)
+    return count, mean, _sum(w * jnp.square(distance)) / n
+
+
+def _moments_jvp(primals: Any, tangents: Any) -> tuple[Moments, Moments]:
+    found = count, mean, variance = _moments(*primals)
+    names = "x", "weights"
+    moved = moments_tangent(
+        {name: of[None] for name, of in zip(names, primals, strict=True) if of is not None},
+        {"count": count[None], "batch": _batch(mean, variance)[None]},
+        {
+            name: tangent[None]
+            for name, tangent in zip(names, tangents, strict=True)
+            if tangent is not None and type(tangent) is not SymbolicZero
+        },
+    )
+    dmean, (dvariance, _) = moved["batch"][0]
+    return found, (moved["count"][0], dmean, dvariance)
+
+
+_moments.defjvp(_moments_jvp, symbolic_zeros=True)
 
 
 def moments(operands: Arrays, options: Options) -> Arrays:
@@ -105,28 +132,42 @@ def moments_tangent(operands: Arrays, found: Arrays, tangents: Arrays) -> Arrays
     x, count, batch = _wide(operands["x"]), found["count"], found["batch"]
     spread = (slice(None), None, slice(None), None)
     n = jnp.where(count > 0, count, 1)[spread[0], None]
-    centred = x - batch[:, 0, 0][spread] - batch[:, 0, 1][spread]
-    if "weights" in operands:
-        weights = operands["weights"][:, :, None]
-        centred = jnp.where(weights > 0, centred, 0)
+    weights = operands["weights"][:, :, None] if "weights" in operands else None
+    high, low, variance = (batch[:, i, j][spread] for i, j in ((0, 0), (0, 1), (1, 0)))
+    told, centred, excess = distances(x, high, low, variance, weights)
     dmean: Array = 0
     dvariance: Array = 0
     dcount = jnp.zeros_like(count)
     if "x" in tangents:
         dx = _wide(tangents["x"])
-        if "weights" in operands:
-            dx = jnp.where(weights > 0, dx, 0) * weights
+        if weights is not None:
+            dx = weights * jnp.where(told, dx, 0)
         dmean = jnp.sum(dx, (1, 3)) / n
         dvariance = jnp.sum(2 * centred * dx, (1, 3)) / n
     if "weights" in tangents:
         dweights = tangents["weights"][:, :, None]
-        variance = batch[:, 1, 0][spread]
         dcount = jnp.broadcast_to(jnp.sum(dweights, (1, 2, 3)), count.shape)
         dmean = dmean + jnp.sum(centred * dweights, (1, 3)) / n
-        dvariance = dvariance + jnp.sum((jnp.square(centred) - variance) * dweights, (1, 3)) / n
-    low = jnp.zeros_like(batch[:, 0, 0])
-    pairs = [jnp.stack([low + high, low], 1) for high in (dmean, dvariance)]
+        dvariance = dvariance + jnp.sum(excess * dweights, (1, 3)) / n
+    zero = jnp.zeros_like(batch[:, 0, 0])
+    pairs = [jnp.stack([zero + moved, zero], 1) for moved in (dmean, dvariance)]
     return {"count": dcount, "batch": jnp.stack(pairs, 1)}
+
+
+def distances(
+    x: Array, high: Array, low: Array, variance: Array, weights: Array | None
+) -> tuple[Array, Array, Array]:
+    """Return what can be told, x - mean, and (x - mean)^2 - variance.
+
+    By the last two, over the count, a weight moves mean and variance. A weight of 0 does so like
+    any other: it is where a position begins to count. Only where x holds a NaN or an infinity that
+    does not count there is nothing to tell: there they are 0.
+    """
+    centred = x - high - low
+    told = jnp.isfinite(jnp.square(centred))
+    told = jnp.ones_like(told) if weights is None else told | (weights > 0)
+    centred = jnp.where(told, centred, 0)
+    return told, centred, jnp.where(told, jnp.square(centred) - variance, 0)
 
 
 def _batch(mean: Array, variance: Array) -> Array:

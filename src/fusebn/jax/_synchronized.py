@@ -27,8 +27,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from fusebn.jax import _ops
-from fusebn.jax._calls import asked_portable, varying
+from fusebn.jax._calls import asked_portable
+from fusebn.jax._meshes import varying
 from fusebn.jax._ops import Moments, Options
+from fusebn.jax._portable import distances
 
 Array = Any
 
@@ -122,7 +124,9 @@ def vary(values: Any, like: Any) -> Any:
 def merged(part: Moments, group: Group) -> Moments:
     """Return the moments of all parts together, with a count for each channel."""
     channels = part.batch.shape[-1]
-    rows = [jnp.broadcast_to(part.count, (1, channels)), part.batch.reshape(4, channels)]
+    # A part of nothing has no mean that a first weight could move: no gradient goes that way.
+    weight = jnp.where(part.count > 0, part.count, 0)
+    rows = [jnp.broadcast_to(weight, (1, channels)), part.batch.reshape(4, channels)]
     counts, highs, lows, *variances = jnp.moveaxis(_gather(jnp.concatenate(rows), group), 1, 0)
     count = counts.sum(0)
     share = counts / jnp.where(count > 0, count, 1)
@@ -199,7 +203,8 @@ def _normalized(
 def _forward(
     options: Options, group: Group, inputs: Inputs, batch: Moments, is_training: Any
 ) -> tuple[Array, Any]:
-    y = _normalize(options, is_training, inputs, batch)
+    # Who differentiates a gradient differentiates this too, where `batch` is as constant.
+    y = _normalized(options, group, inputs, batch, is_training)
     return y, (inputs, batch, is_training)
 
 
@@ -284,10 +289,10 @@ def _into_weights(options: Options, inputs: Inputs, batch: Moments, into: Array)
 
     (high, low), variance = batch.batch[0], batch.batch[1].sum(0)
     share = jnp.where(batch.count > 0, 1 / jnp.where(batch.count > 0, batch.count, 1), 0)
-    # As in `moments`, what has weight 0 holds nothing.
-    centred = jnp.where(weights > 0, x, 0).astype(high.dtype) - along(high) - along(low)
-    spread = jnp.square(centred) - along(variance)
-    moved = along(share * into[0]) * centred + along(share * into[1]) * spread
+    _, centred, excess = distances(
+        x.astype(high.dtype), along(high), along(low), along(variance), weights
+    )
+    moved = along(share * into[0]) * centred + along(share * into[1]) * excess
     broadcast = [i for i, length in enumerate(weights.shape) if length == 1]
     return moved.sum(broadcast, keepdims=True)
 
