@@ -68,8 +68,10 @@ class Call:
             # The averages take up the batch as it is, to the bit.
             return call._by_given(x), call._plainly(ops.stop_gradient(x))[1]
 
-        if isinstance(own, bool):
-            return by_transformed() if own else call._plainly(x)
+        if own is False:
+            return call._plainly(x)
+        if own is True or self.synchronized:
+            return by_transformed()
         result: tuple[Tensor, tuple[Tensor, ...]]
         result = ops.cond(own, by_transformed, lambda: call._plainly(x))
         return result
@@ -96,7 +98,7 @@ class Call:
             return self._by_given(x), self.averages
         if not (self.virtual_batch_size or self.synchronized or self.renorm):
             return self._in_one_call(x)
-        if self.training is True:
+        if self.training is True or self.synchronized:
             return self._in_parts(x)
         result: tuple[Tensor, tuple[Tensor, ...]] = ops.cond(
             self.training,
@@ -142,6 +144,10 @@ class Call:
         return y, self._constants(new)
 
     def _in_parts(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalize by the batch's statistics; by the given ones where `training` says so.
+
+        Only what is synchronized leaves that to its values, for replicas cannot meet inside a cond.
+        """
         arranged = arrange(x, self.axes, self.virtual_batch_size)
         block, axis, groups, *_ = arranged
         scale, offset, *averages = (
@@ -151,7 +157,9 @@ class Call:
         weights, counted = self._weights(x, arranged), self._counted(x)
         if self.synchronized:
             count, mean, variance = _synchronized.moments(block, axis, weights)
-            counted = count > 0
+            # Of a batch of count 0 x is forgotten.
+            by_batch = mean, ops.where(count > 0, variance, math.inf)
+            counted = both(self.training, count > 0)
         elif self.renorm:
             others = [i for i in range(len(block.shape)) if i != axis]
             mean, variance = fusebn.moments(ops.stop_gradient(block), others, weights=weights)
@@ -162,9 +170,11 @@ class Call:
             r, d = choose(counted, r, ops.ones_like(r)), choose(counted, d, ops.zeros_like(d))
             scale, offset = transform(ops.stop_gradient(r), ops.stop_gradient(d), scale, offset)
         if self.synchronized:
-            # Of a batch of count 0 x is forgotten.
-            used = ops.where(counted, variance, math.inf)
-            y, *_ = self._fused(arranged, scale, offset, mean, used, is_training=False)
+            used = [
+                choose(self.training, own, ops.reshape(given, own.shape))
+                for own, given in zip(by_batch, self.given, strict=True)
+            ]
+            y, *_ = self._fused(arranged, scale, offset, *used, is_training=False)
             rest = count - self.correction
             variance = variance * ops.where(rest > 0, count / ops.where(rest > 0, rest, 1.0), 1.0)
         else:

@@ -19,10 +19,10 @@ masks = {"all": None, "some": rng.random((2, 4, 5)) < 0.4, "of one": np.zeros((2
 masks["of one"][1] = rng.random((4, 5)) < 0.5
 
 
-def step(layer: Any, x: Any, dy: Any, mask: Any) -> Any:
+def step(layer: Any, x: Any, dy: Any, mask: Any, training: Any) -> Any:
     with tf.GradientTape() as tape:
         tape.watch(x)
-        y = layer(x, training=True, mask=mask)
+        y = layer(x, training=training, mask=mask)
         loss = tf.reduce_sum(y * dy)
     dx, *rest = tape.gradient(loss, [x, *(v.value for v in layer.trainable_variables)])
     return y, dx, *rest
@@ -41,18 +41,24 @@ transformed = {
     "transform_batch_statistics": True,
 }
 every: Any = ({}, {"renorm": True}, {"activation": "relu", "momentum": 0.0}, transformed)
-for options in every:
-    for name, mask in masks.items():
-        with strategy.scope():
-            layer = BatchNormalization(synchronized=True, **options)
-            layer.build((None, 5, 3))
-        function = tf.function(lambda *given, layer=layer: strategy.run(step, (layer, *given)))
+# What `training` is, call by call; as a tensor it is read when the one function runs.
+SWITCHES: Any = {"known": (True,), "traced": (tf.constant(True), tf.constant(False))}
+
+
+def compare(options: Any, mask: Any, switches: Any) -> None:
+    """Compare the calls of a layer on two replicas with those of one that has the whole batch."""
+    with strategy.scope():
+        layer = BatchNormalization(synchronized=True, **options)
+        layer.build((None, 5, 3))
+    one = BatchNormalization(**options)
+    one.build((None, 5, 3))
+    function = tf.function(lambda *given: strategy.run(step, (layer, *given)))
+    whole = None if mask is None else tf.constant(mask.reshape(8, 5))
+    for training in switches:
         found = [strategy.experimental_local_results(one)
-                 for one in function(split(x), split(dy), split(mask))]  # fmt: skip
-        one = BatchNormalization(**options)
-        one.build((None, 5, 3))
-        whole = None if mask is None else tf.constant(mask.reshape(8, 5))
-        wanted = step(one, tf.constant(x.reshape(8, 5, 3)), tf.constant(dy.reshape(8, 5, 3)), whole)
+                 for one in function(split(x), split(dy), split(mask), training)]  # fmt: skip
+        joined = tf.constant(x.reshape(8, 5, 3)), tf.constant(dy.reshape(8, 5, 3))
+        wanted = step(one, *joined, whole, bool(training))
         for parts, expected, put in zip(
             found, wanted, (np.concatenate, np.concatenate, sum, sum), strict=True
         ):
@@ -62,7 +68,14 @@ for options in every:
             copies = [copy.numpy() for copy in strategy.experimental_local_results(mine.value)]
             assert len(copies) == 2
             for copy in copies:
-                np.testing.assert_allclose(copy, other.value.numpy(), rtol=1e-5, err_msg=name)
+                np.testing.assert_allclose(copy, other.value.numpy(), rtol=1e-5)
+    assert function.experimental_get_tracing_count() == 1
+
+
+for options in every:
+    for mask in masks.values():
+        compare(options, mask, SWITCHES["known"])
+    compare(options, masks["of one"], SWITCHES["traced"])
 
 # fit, with a batch that the replicas share
 with strategy.scope():
