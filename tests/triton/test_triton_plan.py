@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusebn.triton._plan import TILE_BYTES, plan
+from fusebn.triton._plan import TILE_BYTES, plan, residency
 
 RESNET50 = [
     (n * extent * extent, channels)
@@ -98,3 +98,20 @@ def test_few_or_odd_channels_are_folded_into_wide_rows(channels):
     assert p.width % 16 == 0
     assert p.width >= 256
     assert p.width / (p.chunks * p.tile_width) >= 0.65
+
+
+@pytest.mark.parametrize("arrays", [1, 2])
+@pytest.mark.parametrize("processors", [2, 80, 108, 132, 148, 160])  # they come in pairs
+def test_a_team_that_works_alone_has_no_room_for_another_strip(processors, arrays):
+    """So to load the next strip while the team waits is to have fewer teams: see ARCHITECTURE."""
+
+    def held(tiles):
+        found = residency(tiles * 32, 64 * 200, 1, 2, processors, arrays)
+        assert found.rows == 32
+        return found
+
+    most = 32 // arrays  # tiles of a program
+    shared = processors // 2 * most  # of a strip, and two teams still hold one each
+    assert held(shared).teams == 2
+    assert held(shared + 1).teams == 1
+    assert 2 * (shared + 1) > processors * most
