@@ -23,6 +23,7 @@ template <class T, Activation A>
 struct Sums {
   using S = Stat<T>;
   using V = Vec<S>;
+  static constexpr int kBytes = V::kLanes * sizeof(T);
   struct Constants {
     V m, a, b;
   };
@@ -90,12 +91,13 @@ void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>*
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
     const int64_t c1 = least(c0 + cut.group, channels);
-    double* const task_g = partial_g + (chunk * channels + c0);
-    double* const task_g_x = partial_g_x + (chunk * channels + c0);
+    double task_g[kRowGroup], task_g_x[kRowGroup];  // on the stack: see moments.cpp
     for (int64_t c = 0; c < c1 - c0; ++c) task_g[c] = task_g_x[c] = 0;
     Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, g, c0, two_streams, streaming};
     reduce<Stat<T>>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0,
                     c1);
+    __builtin_memcpy(partial_g + (chunk * channels + c0), task_g, (c1 - c0) * sizeof(double));
+    __builtin_memcpy(partial_g_x + (chunk * channels + c0), task_g_x, (c1 - c0) * sizeof(double));
     if (streaming) fence();
   };
   executor.run(cut.chunks * cut.groups, Task::of(task));

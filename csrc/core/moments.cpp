@@ -58,6 +58,7 @@ template <class T>
 struct Sums {
   using S = Stat<T>;
   using V = Vec<S>;
+  static constexpr int kBytes = V::kLanes * sizeof(T);
   struct Constants {
     V origin;
   };
@@ -157,8 +158,9 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
     // The first origin must be a value that counts.
     while (weights && p < end && weights[p] == 0) ++p;
     S origin[kRowGroup];
-    double* const task_mean = means + (chunk * channels + c0);
-    double* const task_m2 = m2s + (chunk * channels + c0);
+    // On the stack: every run joins them. Side by side with another task's they would share lines of the
+    // cache, which travel between the cores at each run: a third of the time, on two.
+    double task_mean[kRowGroup], task_m2[kRowGroup];
     for (int64_t c = 0; c < c1 - c0; ++c) task_mean[c] = task_m2[c] = 0;
     Sums<T> sums{x, weights, base + c0, origin, task_mean, task_m2, c0, two_streams};
     if (p < end) {
@@ -170,6 +172,8 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
       sums.count = 0;
       reduce<S>(sums, b, p, end, c0, c1);
     }
+    __builtin_memcpy(means + (chunk * channels + c0), task_mean, (c1 - c0) * sizeof(double));
+    __builtin_memcpy(m2s + (chunk * channels + c0), task_m2, (c1 - c0) * sizeof(double));
     if (c0 == 0) counts[chunk] = sums.count;
   };
   executor.run(cut.chunks * cut.groups, Task::of(task));

@@ -100,6 +100,7 @@ bool in_two_streams(Block b) {
 
 // A kernel for `reduce` sums two terms a channel. It offers
 //   prefetch(e)                 element e will be read soon
+//   kBytes                      that a vector of elements has: a line is asked for once
 //   begin(p, n)                 a run of n positions starts at p
 //   Constants constants(c, lanes), Constants constant(c)
 //                               what the terms need of the channels c.. side by side, or of c alone
@@ -141,7 +142,7 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < width; ++j) {
         const int64_t e = (r + i) * b.channels + c + j * kLanes;
-        local.prefetch(e + kRowsAhead * b.channels);
+        if (j * K::kBytes % 64 == 0) local.prefetch(e + kRowsAhead * b.channels);
         local.template terms<true>(e, r + i, k[j], lanes, sum_u[j], sum_v[j]);
       }
     for (int j = 0; j < width; ++j) {
