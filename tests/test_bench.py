@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -16,7 +17,8 @@ from fusebn.cli.bench.machine import file_stem, machine
 from fusebn.cli.bench.ours import Ours
 from fusebn.cli.bench.peers import PEERS
 from fusebn.cli.bench.results import Record, Results, Run, Spread, summary
-from fusebn.cli.bench.worker import Unable, Worker
+from fusebn.cli.bench.timing import LEAST_SECONDS, turn
+from fusebn.cli.bench.worker import CAN_STOP, Unable, Worker
 
 SMALL = ("6x5x3", "40x17")
 
@@ -229,6 +231,32 @@ def test_a_peer_that_is_missing_is_a_reason_not_a_crash():
             worker.load(Case("40x17", "channels-last", "float32"))
     finally:
         worker.close()
+
+
+def test_a_peer_stands_still_between_its_turns():
+    worker = Worker("torch", "fresh", 1)
+    try:
+        worker.wait()
+        assert worker.version
+        for case in ("40x17", "6x5x3"):
+            worker.load(Case(case, "channels-last", "float32"))
+            if CAN_STOP:  # if it did not stop, this would wait for ever
+                _, status = os.waitpid(worker._process.pid, os.WUNTRACED)
+                assert os.WIFSTOPPED(status)
+    finally:
+        worker.close()
+
+
+def test_a_turn_outlasts_its_first_calls(monkeypatch):
+    now = 0.0
+
+    def call():
+        nonlocal now
+        now += 0.001
+
+    monkeypatch.setattr("fusebn.cli.bench.timing.perf_counter", lambda: now)
+    assert turn(call, 3) == pytest.approx(0.001)
+    assert LEAST_SECONDS <= now < LEAST_SECONDS + 0.002
 
 
 def test_every_peer_has_a_file_of_its_name():

@@ -329,7 +329,8 @@ void map_rows(const K kernel, Block b, const ChannelConstants<S, N>& constants, 
 }
 
 // Goes through planes as if there were none, so that short ones have no heads and tails of their own: a
-// vector that begins in one plane and ends in another takes its constants from both.
+// vector that begins in one plane and ends in another takes its constants from both. (The position p is
+// that of the first plane: where the kernel reads it, `map` hands over one plane at a time.)
 template <class S, int N, class K>
 void map_planes(const K kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
                 int64_t end, int64_t p) {
