@@ -35,7 +35,7 @@ ARROWS = {
     "_store": {"_layer", "_spec"},
     "_layer": {"_moving", "_numpy", "_results", "_spec", "_transforms", "quantize"},
     "_moments": {"_numpy", "_spec"},
-    "_numpy": {"_blocks", "_core", "_moving", "_quantization", "_results", "_spec"},
+    "_numpy": {"_blocks", "_core", "_moving", "_quantization", "_results", "_spec", "memory"},
     "quantize": {"_dispatch", "_quantization", "_spec", "_transforms"},
     "_transforms": {"_quantization", "_spec"},
     "_quantization": {"_spec"},

@@ -1,12 +1,20 @@
-// python.cpp: the core as a Python module over the buffer protocol. No arithmetic, no checks: the
-// rules for arguments live in src/fusebn/_spec.py, and every array that arrives here is dense,
-// aligned, of the stated type and size.
+// python.cpp: the core as a Python module over the buffer protocol. No arithmetic, no rules: those
+// for arguments live in src/fusebn/_spec.py, and every array that arrives here is dense, aligned,
+// of the stated type and size.
 //
 // An array is taken by its address. NumPy's bfloat16 (ml_dtypes) exports neither DLPack nor a buffer
 // with a format, but it does export one without: so the element type travels as a number.
+//
+// What is named `_of_tensors` or `_of_arrays` is the short way of an adapter: it recognizes what
+// nearly every call brings, and does nothing about anything else, which is left to Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "arrays.h"
 #include "batch_norm.h"
 #include "memory.h"
 #include "tensors.h"
@@ -189,6 +197,207 @@ nb::object py_forward_of_tensors(nb::handle exchange_api, nb::handle x, nb::hand
       training ? variances : none, batch, true));
 }
 
+// Memory of the pool, and who gives it back when the last view of it dies, on whatever thread that
+// happens.
+struct Owned {
+  nb::capsule owner;
+  void* data;
+};
+Owned take_owned(int64_t bytes) {
+  struct Buffer {
+    void* data;
+    int64_t bytes;
+  };
+  Buffer* const buffer = new Buffer{take_buffer(bytes), bytes};
+  nb::capsule owner(buffer, [](void* p) noexcept {
+    Buffer* const dead = static_cast<Buffer*>(p);
+    if (dead->data) give_back_buffer(dead->data, dead->bytes);
+    delete dead;
+  });
+  if (!buffer->data) throw std::bad_alloc();
+  return {owner, buffer->data};
+}
+
+// A new array like x; where it lies is decided as by fusebn.memory.empty.
+nb::object new_like(const Array& x, int64_t bytes) {
+  if (bytes < numpy.least_recycled || !pool_statistics().limit)
+    return new_array(x.dtype, x.rank, x.shape);
+  const auto [owner, data] = take_owned(bytes);
+  return new_array(x.dtype, x.rank, x.shape, data, owner);
+}
+
+// x as a block, and what its arrays have in common.
+struct Plain {
+  const Array* x;
+  int type, stat;  // of the elements, of the statistics
+  int64_t outer, channels, inner, bytes;
+
+  // False if x is not plain, or empty.
+  bool look_at(PyObject* object, PyObject* data_format, PyObject* along) {
+    x = plain_array(object);
+    int axis;
+    if (!x || (type = element_type(*x)) < 0 || !axis_of(data_format, along, *x, axis)) return false;
+    stat = type == 3 ? 3 : 2;
+    const int64_t total = x->elements();
+    channels = x->shape[axis];
+    bytes = total * (type == 3 ? 8 : type == 2 ? 4 : 2);
+    if (total == 0) return false;
+    inner = 1;
+    for (int i = axis + 1; i < x->rank; ++i) inner *= x->shape[i];
+    if (channels == 1) inner = total;
+    outer = total / (channels * inner);
+    return true;
+  }
+  bool vector(PyObject* object, In& out) const { return vector_of(object, stat, channels, out); }
+};
+
+constexpr double kFinite = std::numeric_limits<double>::max();
+
+// fused_batch_norm on NumPy's arrays: its arguments, and `of_layer`. Returns what that returns; None,
+// and nothing has been done, if anything is unusual.
+//
+// A layer wants y, the statistics that normalized x, in float64, [2, channels], and whether y lies
+// where x did; its mean and variance are overwritten, in training, by what they are mixed into.
+nb::object py_forward_of_arrays(PyObject* const* arguments) {
+  const auto [x_, scale_, offset_, mean_, variance_, epsilon_, data_format, training_, factor_,
+              axis, activation_, residual_, weights, correction_, out_, of_layer_] =
+      reinterpret_cast<PyObject* const(&)[16]>(*arguments);
+  Plain p;
+  bool training, of_layer;
+  double factor, epsilon, correction;
+  int activation;
+  if (!p.look_at(x_, data_format, axis) || weights != Py_None || !flag_of(training_, training) ||
+      !flag_of(of_layer_, of_layer) || !number_of(factor_, 1, factor) ||
+      !number_of(epsilon_, kFinite, epsilon) || !number_of(correction_, kFinite, correction) ||
+      !activation_of(activation_, activation))
+    return nb::none();
+
+  In mean, variance, scale, offset;
+  const bool mixed = !training || factor != 1;  // what is not mixed in is not looked at
+  if (mixed || of_layer) {
+    if (!p.vector(mean_, mean) || !p.vector(variance_, variance) || !mean.data || !variance.data)
+      return nb::none();
+  } else if ((mean_ == Py_None) != (variance_ == Py_None)) {
+    return nb::none();
+  }
+  const Array *residual = nullptr, *out = nullptr;
+  if (!p.vector(scale_, scale) || !p.vector(offset_, offset) ||
+      !like_x(residual_, *p.x, p.type, residual) || !like_x(out_, *p.x, p.type, out))
+    return nb::none();
+  if (out && !(is_writable(*out) && (out->data == p.x->data || is_apart(*out, *p.x, p.bytes)) &&
+               (!residual || is_apart(*out, *residual, p.bytes))))
+    return nb::none();
+  if (of_layer && training &&
+      !(is_writable(*plain_array(mean_)) && is_writable(*plain_array(variance_))))
+    return nb::none();
+
+  const nb::object y = out ? nb::borrow(out_) : new_like(*p.x, p.bytes);
+  nb::object first, second;
+  std::vector<double> averages;
+  Out mean_out, variance_out, batch;
+  if (!of_layer) {
+    first = new_vector(p.stat, p.channels), second = new_vector(p.stat, p.channels);
+    mean_out.data = data_of(first), variance_out.data = data_of(second);
+  } else {
+    const Py_ssize_t shape[] = {2, Py_ssize_t(p.channels)};
+    first = new_array(numpy.dtypes[3], 2, shape);
+    batch.data = data_of(first);
+    if (training) {  // written over the old ones when y is done: they may be part of x
+      averages.resize(2 * p.channels);
+      mean_out.data = averages.data(), variance_out.data = averages.data() + p.channels;
+    }
+  }
+  const double count =
+      py_forward(p.type, p.outer, p.channels, p.inner, {p.x->data}, training, mixed ? mean : In(),
+                 mixed ? variance : In(), {}, scale, offset, {residual ? residual->data : nullptr},
+                 activation, epsilon, correction, factor, {data_of(y)}, mean_out, variance_out,
+                 batch, false);
+  if (count < 0) return nb::none();
+  if (of_layer) {
+    const size_t bytes = p.channels * (p.stat == 3 ? sizeof(double) : sizeof(float));
+    if (training) {
+      std::memcpy(mean.data, mean_out.data, bytes);
+      std::memcpy(variance.data, variance_out.data, bytes);
+    }
+    const bool overwritten = out && out->data == p.x->data;
+    return nb::steal(PyTuple_Pack(3, y.ptr(), first.ptr(), overwritten ? Py_True : Py_False));
+  }
+  const nb::object fields = nb::steal(PyTuple_Pack(3, y.ptr(), first.ptr(), second.ptr()));
+  return named_tuple(numpy.forward_result, fields);
+}
+
+// The statistics that normalized x, in double or in the type of x's statistics, as doubles.
+const double* normalizer(PyObject* object, const Plain& p, std::vector<double>& widened) {
+  In found;
+  if (object == Py_None) return nullptr;
+  if (vector_of(object, 3, p.channels, found)) return found.as<double>();
+  if (!p.vector(object, found)) return nullptr;
+  widened.assign(found.as<float>(), found.as<float>() + p.channels);
+  return widened.data();
+}
+
+// The same for fused_batch_norm_grad.
+nb::object py_gradient_of_arrays(PyObject* const* arguments) {
+  const auto [dy_, x_, scale_, offset_, mean_, variance_, epsilon_, data_format, training_, axis,
+              activation_, residual_, weights, dmean_, dvariance_] =
+      reinterpret_cast<PyObject* const(&)[15]>(*arguments);
+  Plain p;
+  bool training;
+  double epsilon;
+  int activation;
+  const Array *dy = nullptr, *residual = nullptr;
+  In scale, offset, dmean, dvariance;
+  if (!p.look_at(x_, data_format, axis) || weights != Py_None || !flag_of(training_, training) ||
+      !number_of(epsilon_, kFinite, epsilon) || !activation_of(activation_, activation) ||
+      !like_x(dy_, *p.x, p.type, dy) || !dy || !like_x(residual_, *p.x, p.type, residual) ||
+      !p.vector(scale_, scale) || !p.vector(offset_, offset) || !p.vector(dmean_, dmean) ||
+      !p.vector(dvariance_, dvariance) || (!training && (dmean.data || dvariance.data)))
+    return nb::none();
+  std::vector<double> wide_mean, wide_variance;
+  const double* const mean = normalizer(mean_, p, wide_mean);
+  const double* const variance = normalizer(variance_, p, wide_variance);
+  if (!mean || !variance) return nb::none();
+  for (int64_t c = 0; c < p.channels; ++c)
+    if (variance[c] < 0) return nb::none();
+
+  const nb::object dx = new_like(*p.x, p.bytes);
+  nb::object dscale = nb::none(), doffset = nb::none(), dresidual = nb::none();
+  Out to_dscale, to_doffset, to_dresidual;
+  if (scale.data) dscale = new_vector(p.stat, p.channels), to_dscale.data = data_of(dscale);
+  if (offset.data) doffset = new_vector(p.stat, p.channels), to_doffset.data = data_of(doffset);
+  if (residual) dresidual = new_like(*p.x, p.bytes), to_dresidual.data = data_of(dresidual);
+  py_gradient(p.type, p.outer, p.channels, p.inner, {dy->data}, {p.x->data}, training,
+              {const_cast<double*>(mean)}, {const_cast<double*>(variance)}, {}, scale, offset,
+              {residual ? residual->data : nullptr}, activation, epsilon, dmean, dvariance, 0, 1,
+              {data_of(dx)}, to_dresidual, to_dscale, to_doffset, {}, {}, false);
+  const nb::object fields =
+      nb::steal(PyTuple_Pack(4, dx.ptr(), dscale.ptr(), doffset.ptr(), dresidual.ptr()));
+  return named_tuple(numpy.gradient_result, fields);
+}
+
+// A function of so many arguments by position alone: nanobind's own call would look at a record of
+// each of them first.
+template <nb::object (*f)(PyObject* const*), int count>
+PyMethodDef positional(const char* name) {
+  PyObject* (*call)(PyObject*, PyObject* const*, Py_ssize_t) =
+      [](PyObject*, PyObject* const* arguments, Py_ssize_t given) -> PyObject* {
+    if (given != count) return PyErr_Format(PyExc_TypeError, "expected %d arguments", count);
+    try {
+      return f(arguments).release().ptr();
+    } catch (nb::python_error& error) {
+      error.restore();
+    } catch (const std::bad_alloc&) {
+      PyErr_NoMemory();
+    }
+    return nullptr;
+  };
+  return {name, PyCFunction(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
+}
+
+PyMethodDef short_ways[] = {positional<py_forward_of_arrays, 16>("forward_of_arrays"),
+                            positional<py_gradient_of_arrays, 15>("gradient_of_arrays"),
+                            {}};
+
 // The verbs one by one, for those who bring devices together between them.
 
 template <class T>
@@ -240,21 +449,10 @@ void py_floor(int kind, In a, In b, Out out, int64_t n, int64_t ahead) {
   floor(Floor(kind), a.as<float>(), b.as<float>(), out.as<float>(), n, ahead, pool());
 }
 
-// A one-dimensional array of bytes whose memory goes back to the pool when the last view of it dies,
-// on whatever thread that happens.
+// A one-dimensional array of bytes.
 nb::ndarray<nb::numpy, uint8_t> py_empty(int64_t bytes) {
-  struct Buffer {
-    void* data;
-    int64_t bytes;
-  };
-  Buffer* const buffer = new Buffer{take_buffer(bytes), bytes};
-  nb::capsule owner(buffer, [](void* p) noexcept {
-    Buffer* const dead = static_cast<Buffer*>(p);
-    if (dead->data) give_back_buffer(dead->data, dead->bytes);
-    delete dead;
-  });
-  if (!buffer->data) throw std::bad_alloc();
-  return {buffer->data, {size_t(bytes)}, owner};
+  const auto [owner, data] = take_owned(bytes);
+  return {data, {size_t(bytes)}, owner};
 }
 
 nb::dict py_pool_statistics() {
@@ -291,6 +489,10 @@ NB_MODULE(_core, m) {
         nb::arg("y"), nb::arg("axis"), nb::arg("training"), array("mean"), array("variance"),
         array("scale"), array("offset"), array("residual"), nb::arg("activation"),
         nb::arg("epsilon"), nb::arg("correction"), nb::arg("factor"), array("batch"));
+  m.def("know_numpy", &know_numpy, nb::arg("ndarray"), nb::arg("dtypes"), nb::arg("formats"),
+        nb::arg("activations"), nb::arg("forward_result"), nb::arg("gradient_result"),
+        nb::arg("least_recycled"), nb::arg("probe"), nb::arg("address"));
+  if (PyModule_AddFunctions(m.ptr(), short_ways)) throw nb::python_error();
   m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),

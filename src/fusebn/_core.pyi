@@ -4,6 +4,9 @@ Arrays are dense and checked, or the address of what is; None is null. `lent`: o
 were lent, not on our own.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -61,6 +64,56 @@ def forward_of_tensors(
     factor: float,
     batch: _Out,
 ) -> float | None: ...
+def know_numpy(
+    ndarray: type,
+    dtypes: tuple[np.dtype[Any], ...],
+    formats: Mapping[str, tuple[int, int]],
+    activations: tuple[str | None, ...],
+    forward_result: type,
+    gradient_result: type,
+    least_recycled: int,
+    probe: object,
+    address: int,
+) -> bool: ...
+
+# By position alone. None: something is unusual, and nothing has been done.
+def forward_of_arrays(
+    x: object,
+    scale: object,
+    offset: object,
+    mean: object,
+    variance: object,
+    epsilon: object,
+    data_format: object,
+    is_training: object,
+    exponential_avg_factor: object,
+    axis: object,
+    activation: object,
+    residual: object,
+    weights: object,
+    correction: object,
+    out: object,
+    of_layer: bool,
+    /,
+) -> Any: ...
+def gradient_of_arrays(
+    dy: object,
+    x: object,
+    scale: object,
+    offset: object,
+    mean: object,
+    variance: object,
+    epsilon: object,
+    data_format: object,
+    is_training: object,
+    axis: object,
+    activation: object,
+    residual: object,
+    weights: object,
+    dmean: object,
+    dvariance: object,
+    /,
+) -> Any: ...
 def gradient(
     type: int,
     outer: int,

@@ -32,8 +32,7 @@ class _Call(NamedTuple):
     """What backward needs of the last call."""
 
     x: Array
-    mean: Array  # with the variance, as they normalized x
-    variance: Array
+    normalizers: Array  # mean and variance, as they normalized x
     training: bool
     residual: Array | None
     weights: Any
@@ -261,11 +260,43 @@ class BatchNorm:
         TypeError, ValueError
             An argument does not fit. The layer is as it was.
         """
+        if update is None and transforms_active is None:
+            y = self._call_plain(x, training, residual, weights, out)
+            if y is not None:
+                return y
         options = training, update, residual, weights, out, transforms_active
         if not self.transforms:
             return self._call(x, *options)
         with self._whole():
             return self._call(x, *options)
+
+    def _call_plain(
+        self, x: Any, training: Any, residual: Any, weights: Any, out: Any
+    ) -> Array | None:
+        """Do what `_call` does for what nearly every call brings; None, and nothing, otherwise."""
+        if self.transforms or self.transforms_active is not True:
+            return None
+        factor = 1.0
+        if training is True:
+            if self._frozen:
+                training = False
+            elif self.nonfinite != "propagate":
+                return None
+            else:
+                factor = self._factor()
+        scale, offset = self.scale, self.offset
+        found = _numpy.forward_of_plain(
+            x, scale, offset, self.moving_mean, self.moving_variance, self.epsilon, None, training,
+            factor, self.axis, self.activation, residual, weights, self.correction, out, True,
+        )  # fmt: skip
+        if found is None:
+            return None
+        y, normalizers, overwritten = found
+        if training:
+            self.num_updates += 1
+        call = x, normalizers, training, residual, None, overwritten, scale, offset, True, None
+        self._last = tuple.__new__(_Call, call)  # without the frame of a named tuple's own
+        return y  # type: ignore[no-any-return]
 
     def _call(
         self,
@@ -328,8 +359,7 @@ class BatchNorm:
             self._update(batch or _Batch(count, *normalizers))
         self._last = _Call(
             x,
-            normalizers[0],
-            normalizers[1],
+            normalizers,
             by_batch,
             residual,
             weights,
@@ -450,19 +480,28 @@ class BatchNorm:
                 "x. Call the layer without out=."
             )
         found = self._gradient(dy, last) if last.batch is None else self._between(dy, last)
+        if not self.transforms:
+            return found
         dscale = self._back("scale", self.scale, found.dscale, last.transformed)
         doffset = self._back("offset", self.offset, found.doffset, last.transformed)
         return found._replace(dscale=dscale, doffset=doffset)
 
     def _gradient(self, dy: Any, last: _Call) -> FusedBatchNormGrad:
+        mean, variance = last.normalizers
+        found: FusedBatchNormGrad | None = _numpy.gradient_of_plain(
+            dy, last.x, last.scale, last.offset, mean, variance, self.epsilon, None, last.training,
+            self.axis, self.activation, last.residual, last.weights, None, None,
+        )  # fmt: skip
+        if found is not None:
+            return found
         return _numpy.gradient(
             "BatchNorm.backward",
             dy,
             last.x,
             last.scale,
             last.offset,
-            last.mean,
-            last.variance,
+            mean,
+            variance,
             self.epsilon,
             self.axis % last.x.ndim,
             last.training,
@@ -475,25 +514,25 @@ class BatchNorm:
 
     def _between(self, dy: Any, last: _Call) -> FusedBatchNormGrad:
         """Return the gradients of a call whose batch statistics were transformed."""
-        batch = last.batch
+        batch, (normalizing_mean, normalizing_variance) = last.batch, last.normalizers
         assert batch is not None
 
         def between(dmean: Array, dvariance: Array) -> tuple[Array, Array]:
             dmean = self._back("moving_mean", batch.mean, dmean, True)
             if "moving_variance" in self.transforms:
                 # What the transform made less than 0 is 0, whatever it was.
-                dvariance = np.where(last.variance > 0, dvariance, 0)
+                dvariance = np.where(normalizing_variance > 0, dvariance, 0)
                 dvariance = self._back("moving_variance", batch.variance, dvariance, True)
             # The kernel takes distances from the mean that normalized x.
-            return dmean - 2 * dvariance * (batch.mean - last.mean), dvariance
+            return dmean - 2 * dvariance * (batch.mean - normalizing_mean), dvariance
 
         return _numpy.gradient_between(
             dy,
             last.x,
             last.scale,
             last.offset,
-            last.mean,
-            last.variance,
+            normalizing_mean,
+            normalizing_variance,
             self.epsilon,
             self.axis % last.x.ndim,
             self.activation,

@@ -2,6 +2,9 @@
 
 Each does three things in order: check the arguments (`_spec`), lay the arrays out as blocks
 (`_blocks`), call the core. The docstrings are in ``fusebn/__init__.py``.
+
+What nearly every call of the fused functions brings takes a shorter way: the core recognizes it, in
+one call, and does the same (`forward_of_plain`, `gradient_of_plain`).
 """
 
 import math
@@ -12,7 +15,7 @@ import ml_dtypes  # noqa: F401  # makes bfloat16 a dtype that NumPy knows
 import numpy as np
 from numpy.typing import NDArray
 
-from fusebn import _core, _spec
+from fusebn import _core, _spec, memory
 from fusebn._blocks import is_dense, layout_of_axes, layout_of_axis
 from fusebn._moving import assign_moving_average
 from fusebn._quantization import Ops
@@ -213,6 +216,30 @@ def _overlap(a: Array, b: Array) -> bool:
 
 # ---- the fused functions ----
 
+# The short ways: None, and nothing has been done, for whatever is not plain. Python's checks lie in
+# so many places that beside large arrays, with all caches cold, they outlast a small kernel.
+forward_of_plain = _core.forward_of_arrays
+gradient_of_plain = _core.gradient_of_arrays
+
+
+def _know_numpy() -> bool:
+    """Let the core know what it compares arguments with; say whether arrays are as it believes."""
+    probe = np.zeros((2, 3), np.float32)
+    return _core.know_numpy(
+        np.ndarray,
+        tuple(_ELEMENTS),
+        _spec.DATA_FORMATS,
+        tuple(_spec.ACTIVATIONS),
+        FusedBatchNorm,
+        FusedBatchNormGrad,
+        memory.LEAST,
+        probe,
+        probe.__array_interface__["data"][0],
+    )
+
+
+_know_numpy()
+
 
 def forward(
     operation: str,
@@ -310,6 +337,12 @@ def fused_batch_norm(
     out: Any = None,
 ) -> FusedBatchNorm:
     """See :func:`fusebn.fused_batch_norm`."""
+    found: FusedBatchNorm | None = forward_of_plain(
+        x, scale, offset, mean, variance, epsilon, data_format, is_training,
+        exponential_avg_factor, axis, activation, residual, weights, correction, out, False,
+    )  # fmt: skip
+    if found is not None:
+        return found
     operation = "fused_batch_norm"
     x = array_of(operation, "x", x)
     result, _, _ = forward(
@@ -509,6 +542,12 @@ def fused_batch_norm_grad(
     dvariance: Any = None,
 ) -> FusedBatchNormGrad:
     """See :func:`fusebn.fused_batch_norm_grad`."""
+    found: FusedBatchNormGrad | None = gradient_of_plain(
+        dy, x, scale, offset, mean, variance, epsilon, data_format, is_training, axis,
+        activation, residual, weights, dmean, dvariance,
+    )  # fmt: skip
+    if found is not None:
+        return found
     operation = "fused_batch_norm_grad"
     x = array_of(operation, "x", x)
     return gradient(
