@@ -554,12 +554,6 @@ def test_what_numpy_is_not_known_to_be_closes_it(ways: Ways) -> None:
     assert ways.same(forward, block(), None, None, axis=1).taken == 1
 
 
-def test_it_takes_all_arguments() -> None:
-    for way in (_core.forward_of_arrays, _core.gradient_of_arrays):
-        with pytest.raises(TypeError, match="arguments"):
-            way(block())
-
-
 def test_nothing_is_kept() -> None:
     x, one, layer = block(), np.ones(4, F32), BatchNorm(4)
     large = block((memory.LEAST // 16, 4))

@@ -55,11 +55,11 @@ struct Numpy {
 };
 inline Numpy numpy;
 
-// Where an object stands among others, -1 if it does not. Its equals count where `by_value`.
-inline int find(PyObject* const* known, int n, PyObject* object, bool by_value) {
+// Where an object, or its equal, stands among others; -1 if it does not.
+inline int find(PyObject* const* known, int n, PyObject* object) {
   for (int i = 0; i < n; ++i)
     if (known[i] == object) return i;
-  for (int i = 0; by_value && i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const int same = PyObject_RichCompareBool(known[i], object, Py_EQ);
     if (same > 0) return i;
     if (same < 0) PyErr_Clear();
@@ -67,10 +67,16 @@ inline int find(PyObject* const* known, int n, PyObject* object, bool by_value) 
   return -1;
 }
 
+// The same for a name or None. What else might be equal, an array for one, is not asked.
+inline int find_name(PyObject* const* known, int n, nanobind::handle object) {
+  if (!object.is_none() && !PyUnicode_CheckExact(object.ptr())) return -1;
+  return find(known, n, object.ptr());
+}
+
 // The array, if its type is no subclass and its elements lie one after the other, aligned.
-inline const Array* plain_array(PyObject* object) {
-  if (Py_TYPE(object) != numpy.ndarray) return nullptr;
-  const Array* array = reinterpret_cast<const Array*>(object);
+inline const Array* plain_array(nanobind::handle object) {
+  if (Py_TYPE(object.ptr()) != numpy.ndarray) return nullptr;
+  const Array* array = reinterpret_cast<const Array*>(object.ptr());
   return (array->flags & kDense) == kDense ? array : nullptr;
 }
 
@@ -78,7 +84,7 @@ inline bool is_writable(const Array& a) { return (a.flags & (kWritable | kWarns)
 
 // The number of the element type; -1 for any other, and for another order of bytes. A dtype that
 // came out of a pickle is equal, but not identical.
-inline int element_type(const Array& a) { return find(numpy.dtypes, 4, a.dtype, true); }
+inline int element_type(const Array& a) { return find(numpy.dtypes, 4, a.dtype); }
 
 inline bool has_type(const Array& a, int type) {
   return a.dtype == numpy.dtypes[type] || element_type(a) == type;
@@ -96,8 +102,8 @@ inline bool is_apart(const Array& a, const Array& b, int64_t bytes) {
 
 // None, or n elements of that type.
 template <class Address>
-bool vector_of(PyObject* object, int type, int64_t n, Address& out) {
-  if (object == Py_None) return true;
+bool vector_of(nanobind::handle object, int type, int64_t n, Address& out) {
+  if (object.is_none()) return true;
   const Array* array = plain_array(object);
   if (!array || array->rank != 1 || array->shape[0] != n || !has_type(*array, type)) return false;
   out.data = array->data;
@@ -105,22 +111,22 @@ bool vector_of(PyObject* object, int type, int64_t n, Address& out) {
 }
 
 // None, or an array of the type and shape of x.
-inline bool like_x(PyObject* object, const Array& x, int type, const Array*& out) {
-  if (object == Py_None) return true;
+inline bool like_x(nanobind::handle object, const Array& x, int type, const Array*& out) {
+  if (object.is_none()) return true;
   out = plain_array(object);
   return out && is_like(*out, x, type);
 }
 
-inline bool flag_of(PyObject* object, bool& out) {
-  out = object == Py_True;
-  return out || object == Py_False;
+inline bool flag_of(nanobind::handle object, bool& out) {
+  out = object.ptr() == Py_True;
+  return out || object.ptr() == Py_False;
 }
 
-inline bool number_of(PyObject* object, double most, double& out) {
-  if (PyFloat_CheckExact(object)) {
-    out = PyFloat_AsDouble(object);
-  } else if (PyLong_CheckExact(object)) {
-    out = PyLong_AsDouble(object);
+inline bool number_of(nanobind::handle object, double most, double& out) {
+  if (PyFloat_CheckExact(object.ptr())) {
+    out = PyFloat_AsDouble(object.ptr());
+  } else if (PyLong_CheckExact(object.ptr())) {
+    out = PyLong_AsDouble(object.ptr());
     if (out == -1 && PyErr_Occurred()) PyErr_Clear();
   } else {
     return false;
@@ -128,24 +134,23 @@ inline bool number_of(PyObject* object, double most, double& out) {
   return out >= 0 && out <= most;
 }
 
-inline bool axis_of(PyObject* data_format, PyObject* axis, const Array& x, int& out) {
-  if (axis == Py_None) {
-    const bool exact = PyUnicode_CheckExact(data_format);
-    const int i = find(numpy.format_names, numpy.format_count, data_format, exact);
+inline bool axis_of(nanobind::handle data_format, nanobind::handle axis, const Array& x, int& out) {
+  if (axis.is_none()) {
+    const int i = find_name(numpy.format_names, numpy.format_count, data_format);
     if (i < 0 || numpy.formats[i].rank != x.rank) return false;
     out = numpy.formats[i].axis;
     return true;
   }
-  if (!PyLong_CheckExact(axis)) return false;
+  if (!PyLong_CheckExact(axis.ptr())) return false;
   int overflow;
-  const long index = PyLong_AsLongAndOverflow(axis, &overflow);
+  const long index = PyLong_AsLongAndOverflow(axis.ptr(), &overflow);
   if (overflow || index < -x.rank || index >= x.rank) return false;
   out = int(index < 0 ? index + x.rank : index);
   return true;
 }
 
-inline bool activation_of(PyObject* object, int& out) {
-  out = find(numpy.activations, numpy.activation_count, object, PyUnicode_CheckExact(object));
+inline bool activation_of(nanobind::handle object, int& out) {
+  out = find_name(numpy.activations, numpy.activation_count, object);
   return out >= 0;
 }
 

@@ -233,7 +233,7 @@ struct Plain {
   int64_t outer, channels, inner, bytes;
 
   // False if x is not plain, or empty.
-  bool look_at(PyObject* object, PyObject* data_format, PyObject* along) {
+  bool look_at(nb::handle object, nb::handle data_format, nb::handle along) {
     x = plain_array(object);
     int axis;
     if (!x || (type = element_type(*x)) < 0 || !axis_of(data_format, along, *x, axis)) return false;
@@ -248,28 +248,29 @@ struct Plain {
     outer = total / (channels * inner);
     return true;
   }
-  bool vector(PyObject* object, In& out) const { return vector_of(object, stat, channels, out); }
+  bool vector(nb::handle object, In& out) const { return vector_of(object, stat, channels, out); }
 };
 
 constexpr double kFinite = std::numeric_limits<double>::max();
 
-// fused_batch_norm on NumPy's arrays: its arguments, and `of_layer`. Returns what that returns; None,
+// fused_batch_norm on arrays of NumPy: its arguments, and `of_layer`. Returns what that does; None,
 // and nothing has been done, if anything is unusual.
 //
 // A layer wants y, the statistics that normalized x, in float64, [2, channels], and whether y lies
 // where x did; its mean and variance are overwritten, in training, by what they are mixed into.
-nb::object py_forward_of_arrays(PyObject* const* arguments) {
-  const auto [x_, scale_, offset_, mean_, variance_, epsilon_, data_format, training_, factor_,
-              axis, activation_, residual_, weights, correction_, out_, of_layer_] =
-      reinterpret_cast<PyObject* const(&)[16]>(*arguments);
+nb::object py_forward_of_arrays(nb::handle x_, nb::handle scale_, nb::handle offset_,
+                                nb::handle mean_, nb::handle variance_, nb::handle epsilon_,
+                                nb::handle data_format, nb::handle training_, nb::handle factor_,
+                                nb::handle axis, nb::handle activation_, nb::handle residual_,
+                                nb::handle weights, nb::handle correction_, nb::handle out_,
+                                bool of_layer) {
   Plain p;
-  bool training, of_layer;
+  bool training;
   double factor, epsilon, correction;
   int activation;
-  if (!p.look_at(x_, data_format, axis) || weights != Py_None || !flag_of(training_, training) ||
-      !flag_of(of_layer_, of_layer) || !number_of(factor_, 1, factor) ||
-      !number_of(epsilon_, kFinite, epsilon) || !number_of(correction_, kFinite, correction) ||
-      !activation_of(activation_, activation))
+  if (!p.look_at(x_, data_format, axis) || !weights.is_none() || !flag_of(training_, training) ||
+      !number_of(factor_, 1, factor) || !number_of(epsilon_, kFinite, epsilon) ||
+      !number_of(correction_, kFinite, correction) || !activation_of(activation_, activation))
     return nb::none();
 
   In mean, variance, scale, offset;
@@ -277,7 +278,7 @@ nb::object py_forward_of_arrays(PyObject* const* arguments) {
   if (mixed || of_layer) {
     if (!p.vector(mean_, mean) || !p.vector(variance_, variance) || !mean.data || !variance.data)
       return nb::none();
-  } else if ((mean_ == Py_None) != (variance_ == Py_None)) {
+  } else if (mean_.is_none() != variance_.is_none()) {
     return nb::none();
   }
   const Array *residual = nullptr, *out = nullptr;
@@ -327,9 +328,9 @@ nb::object py_forward_of_arrays(PyObject* const* arguments) {
 }
 
 // The statistics that normalized x, in double or in the type of x's statistics, as doubles.
-const double* normalizer(PyObject* object, const Plain& p, std::vector<double>& widened) {
+const double* normalizer(nb::handle object, const Plain& p, std::vector<double>& widened) {
   In found;
-  if (object == Py_None) return nullptr;
+  if (object.is_none()) return nullptr;
   if (vector_of(object, 3, p.channels, found)) return found.as<double>();
   if (!p.vector(object, found)) return nullptr;
   widened.assign(found.as<float>(), found.as<float>() + p.channels);
@@ -337,17 +338,18 @@ const double* normalizer(PyObject* object, const Plain& p, std::vector<double>& 
 }
 
 // The same for fused_batch_norm_grad.
-nb::object py_gradient_of_arrays(PyObject* const* arguments) {
-  const auto [dy_, x_, scale_, offset_, mean_, variance_, epsilon_, data_format, training_, axis,
-              activation_, residual_, weights, dmean_, dvariance_] =
-      reinterpret_cast<PyObject* const(&)[15]>(*arguments);
+nb::object py_gradient_of_arrays(nb::handle dy_, nb::handle x_, nb::handle scale_,
+                                 nb::handle offset_, nb::handle mean_, nb::handle variance_,
+                                 nb::handle epsilon_, nb::handle data_format, nb::handle training_,
+                                 nb::handle axis, nb::handle activation_, nb::handle residual_,
+                                 nb::handle weights, nb::handle dmean_, nb::handle dvariance_) {
   Plain p;
   bool training;
   double epsilon;
   int activation;
   const Array *dy = nullptr, *residual = nullptr;
   In scale, offset, dmean, dvariance;
-  if (!p.look_at(x_, data_format, axis) || weights != Py_None || !flag_of(training_, training) ||
+  if (!p.look_at(x_, data_format, axis) || !weights.is_none() || !flag_of(training_, training) ||
       !number_of(epsilon_, kFinite, epsilon) || !activation_of(activation_, activation) ||
       !like_x(dy_, *p.x, p.type, dy) || !dy || !like_x(residual_, *p.x, p.type, residual) ||
       !p.vector(scale_, scale) || !p.vector(offset_, offset) || !p.vector(dmean_, dmean) ||
@@ -374,29 +376,6 @@ nb::object py_gradient_of_arrays(PyObject* const* arguments) {
       nb::steal(PyTuple_Pack(4, dx.ptr(), dscale.ptr(), doffset.ptr(), dresidual.ptr()));
   return named_tuple(numpy.gradient_result, fields);
 }
-
-// A function of so many arguments by position alone: nanobind's own call would look at a record of
-// each of them first.
-template <nb::object (*f)(PyObject* const*), int count>
-PyMethodDef positional(const char* name) {
-  PyObject* (*call)(PyObject*, PyObject* const*, Py_ssize_t) =
-      [](PyObject*, PyObject* const* arguments, Py_ssize_t given) -> PyObject* {
-    if (given != count) return PyErr_Format(PyExc_TypeError, "expected %d arguments", count);
-    try {
-      return f(arguments).release().ptr();
-    } catch (nb::python_error& error) {
-      error.restore();
-    } catch (const std::bad_alloc&) {
-      PyErr_NoMemory();
-    }
-    return nullptr;
-  };
-  return {name, PyCFunction(reinterpret_cast<void (*)()>(call)), METH_FASTCALL, nullptr};
-}
-
-PyMethodDef short_ways[] = {positional<py_forward_of_arrays, 16>("forward_of_arrays"),
-                            positional<py_gradient_of_arrays, 15>("gradient_of_arrays"),
-                            {}};
 
 // The verbs one by one, for those who bring devices together between them.
 
@@ -492,7 +471,14 @@ NB_MODULE(_core, m) {
   m.def("know_numpy", &know_numpy, nb::arg("ndarray"), nb::arg("dtypes"), nb::arg("formats"),
         nb::arg("activations"), nb::arg("forward_result"), nb::arg("gradient_result"),
         nb::arg("least_recycled"), nb::arg("probe"), nb::arg("address"));
-  if (PyModule_AddFunctions(m.ptr(), short_ways)) throw nb::python_error();
+  m.def("forward_of_arrays", &py_forward_of_arrays, array("x"), array("scale"), array("offset"),
+        array("mean"), array("variance"), array("epsilon"), array("data_format"),
+        array("training"), array("factor"), array("axis"), array("activation"), array("residual"),
+        array("weights"), array("correction"), array("out"), nb::arg("of_layer"));
+  m.def("gradient_of_arrays", &py_gradient_of_arrays, array("dy"), array("x"), array("scale"),
+        array("offset"), array("mean"), array("variance"), array("epsilon"), array("data_format"),
+        array("training"), array("axis"), array("activation"), array("residual"),
+        array("weights"), array("dmean"), array("dvariance"));
   m.def("gradient", &py_gradient, nb::arg("type"), nb::arg("outer"), nb::arg("channels"),
         nb::arg("inner"), array("dy"), array("x"), nb::arg("training"), array("mean"),
         array("variance"), array("weights"), array("scale"), array("offset"), array("residual"),

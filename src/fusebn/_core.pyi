@@ -76,7 +76,7 @@ def know_numpy(
     address: int,
 ) -> bool: ...
 
-# By position alone. None: something is unusual, and nothing has been done.
+# None: something is unusual, and nothing has been done.
 def forward_of_arrays(
     x: object,
     scale: object,
@@ -85,8 +85,8 @@ def forward_of_arrays(
     variance: object,
     epsilon: object,
     data_format: object,
-    is_training: object,
-    exponential_avg_factor: object,
+    training: object,
+    factor: object,
     axis: object,
     activation: object,
     residual: object,
@@ -94,7 +94,6 @@ def forward_of_arrays(
     correction: object,
     out: object,
     of_layer: bool,
-    /,
 ) -> Any: ...
 def gradient_of_arrays(
     dy: object,
@@ -105,14 +104,13 @@ def gradient_of_arrays(
     variance: object,
     epsilon: object,
     data_format: object,
-    is_training: object,
+    training: object,
     axis: object,
     activation: object,
     residual: object,
     weights: object,
     dmean: object,
     dvariance: object,
-    /,
 ) -> Any: ...
 def gradient(
     type: int,
