@@ -38,13 +38,13 @@ struct Numpy {
   struct Format {
     int rank, axis;
   };
-  static constexpr int kMost = 16;
+  static constexpr int kTypes = 4, kMost = 16;
 
   PyTypeObject* ndarray = nullptr;  // null: arrays are not known, and no argument is plain
   PyObject* (*new_array)(PyTypeObject*, PyObject* dtype, int rank, const Py_ssize_t* shape,
                          const Py_ssize_t* strides, void* data, int flags, PyObject* like);
   int (*set_base)(PyObject* array, PyObject* base);
-  PyObject* dtypes[4];  // in the order of _spec.ELEMENT_TYPES
+  PyObject* dtypes[kTypes];  // in the order of _spec.ELEMENT_TYPES
   PyObject* format_names[kMost];
   Format formats[kMost];
   PyObject* activations[kMost];
@@ -84,7 +84,7 @@ inline bool is_writable(const Array& a) { return (a.flags & (kWritable | kWarns)
 
 // The number of the element type; -1 for any other, and for another order of bytes. A dtype that
 // came out of a pickle is equal, but not identical.
-inline int element_type(const Array& a) { return find(numpy.dtypes, 4, a.dtype); }
+inline int element_type(const Array& a) { return find(numpy.dtypes, Numpy::kTypes, a.dtype); }
 
 inline bool has_type(const Array& a, int type) {
   return a.dtype == numpy.dtypes[type] || element_type(a) == type;
@@ -184,6 +184,19 @@ inline nanobind::object named_tuple(PyObject* type, nanobind::handle fields) {
   return nanobind::steal(made);
 }
 
+// The table of functions that NumPy offers; null if it is not where it was in versions 1 and 2.
+inline void** numpy_table() {
+  for (const char* name : {"numpy._core._multiarray_umath", "numpy.core._multiarray_umath"}) {
+    const nanobind::object module = nanobind::steal(PyImport_ImportModule(name));
+    const nanobind::object capsule =
+        nanobind::steal(module ? PyObject_GetAttrString(module.ptr(), "_ARRAY_API") : nullptr);
+    void* table = capsule ? PyCapsule_GetPointer(capsule.ptr(), nullptr) : nullptr;
+    if (table) return static_cast<void**>(table);
+    PyErr_Clear();
+  }
+  return nullptr;
+}
+
 // Learns to know NumPy; false, and nothing is plain, if it is not as it was in versions 1 and 2.
 // `probe` is an array [2, 3] of dtypes[2] at that address.
 inline bool know_numpy(nanobind::handle ndarray, nanobind::handle dtypes, nanobind::handle formats,
@@ -191,20 +204,16 @@ inline bool know_numpy(nanobind::handle ndarray, nanobind::handle dtypes, nanobi
                        nanobind::handle gradient_result, int64_t least_recycled,
                        nanobind::handle probe, uintptr_t address) {
   namespace nb = nanobind;
-  PyObject* module = PyImport_ImportModule("numpy._core._multiarray_umath");
-  if (!module) {
-    PyErr_Clear();
-    module = PyImport_ImportModule("numpy.core._multiarray_umath");  // in version 1
-  }
-  if (!module) throw nb::python_error();
-  const nb::object capsule = nb::steal(module).attr("_ARRAY_API");
-  void** const table = static_cast<void**>(PyCapsule_GetPointer(capsule.ptr(), nullptr));
-  if (!table) throw nb::python_error();
+  numpy.ndarray = nullptr;
+  void** const table = numpy_table();
+  if (!table) return false;
   const unsigned version = reinterpret_cast<unsigned (*)()>(table[0])();
   if ((version != 0x01000009 && version != 0x02000000) || table[2] != ndarray.ptr()) return false;
   if (nb::cast<size_t>(ndarray.attr("__basicsize__")) < sizeof(Array)) return false;
 
-  if (nb::len(formats) > Numpy::kMost || nb::len(activations) > Numpy::kMost) return false;
+  if (nb::len(dtypes) != Numpy::kTypes || nb::len(formats) > Numpy::kMost ||
+      nb::len(activations) > Numpy::kMost)
+    return false;
   Numpy known;
   known.new_array = reinterpret_cast<decltype(known.new_array)>(table[94]);
   known.set_base = reinterpret_cast<decltype(known.set_base)>(table[282]);

@@ -240,7 +240,7 @@ struct Plain {
     stat = type == 3 ? 3 : 2;
     const int64_t total = x->elements();
     channels = x->shape[axis];
-    bytes = total * (type == 3 ? 8 : type == 2 ? 4 : 2);
+    bytes = total * with_type(type, []<class T>() { return int64_t(sizeof(T)); });
     if (total == 0) return false;
     inner = 1;
     for (int i = axis + 1; i < x->rank; ++i) inner *= x->shape[i];
