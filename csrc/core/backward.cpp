@@ -76,7 +76,7 @@ struct Sums {
 template <class T, Activation A>
 void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>* m, const Stat<T>* a,
              const Stat<T>* offset, double* sum_g, double* sum_g_x, T* g, Executor& executor) {
-  const int64_t channels = b.channels, padded = in_lanes<T>(channels);
+  const int64_t channels = b.channels, padded = in_lanes<T>(b, channels);
   const Cut cut(b);
   const bool two_streams = in_two_streams<T>(b);
   // The vectors of `reduce` begin with a row or a plane: these have to keep g aligned.
@@ -86,7 +86,7 @@ void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>*
   Scratch<double> partial_g(cut.chunks * padded), partial_g_x(cut.chunks * padded);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
-    const int64_t c1 = least(c0 + cut.group, channels), n = least(in_lanes<T>(c1 - c0), padded - c0);
+    const int64_t c1 = least(c0 + cut.group, channels), n = in_lanes<T>(b, c1 - c0);
     double task_g[kRowGroup], task_g_x[kRowGroup];  // on the stack: see moments.cpp
     for (int64_t c = 0; c < n; ++c) task_g[c] = task_g_x[c] = 0;
     Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, g, two_streams, streaming};
@@ -160,7 +160,7 @@ void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, 
   if (b.elements() == 0) return;
 
   const Folded<T> folded(b);
-  const int64_t copies = folded.main.channels, padded = in_lanes<T>(copies);
+  const int64_t copies = folded.main.channels, padded = in_lanes<T>(folded.main, copies);
   Scratch<S> m(padded), a(padded), offset(padded);
   for (int64_t c = 0; c < channels; ++c) {
     const Affine affine(n, c);

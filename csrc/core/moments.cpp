@@ -139,7 +139,7 @@ template <class T>
 double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* base, double* mean,
                          double* m2, Executor& executor) {
   using S = Stat<T>;
-  const int64_t channels = b.channels, positions = b.positions(), padded = in_lanes<T>(channels);
+  const int64_t channels = b.channels, positions = b.positions(), padded = in_lanes<T>(b, channels);
   int64_t first = 0;
   while (weights && first < positions && weights[first] == 0) ++first;
   if (first == positions) first = 0;
@@ -151,7 +151,7 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
   Scratch<double> counts(cut.chunks), means(cut.chunks * padded), m2s(cut.chunks * padded);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
-    const int64_t c1 = least(c0 + cut.group, channels), n = least(in_lanes<T>(c1 - c0), padded - c0);
+    const int64_t c1 = least(c0 + cut.group, channels), n = in_lanes<T>(b, c1 - c0);
     int64_t p = chunk * cut.chunk;
     const int64_t end = least(p + cut.chunk, positions);
     // The first origin must be a value that counts.
@@ -164,9 +164,9 @@ double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* b
     Sums<T> sums{x, weights, bases + c0, origin, task_mean, task_m2, c0, two_streams};
     if (p < end) {
       read_position(x, b, p, c0, c1, origin);
-      const int64_t few = run_length(b, p, end - p, longest_run(b) / 8);
+      const int64_t quarter = run_length(b, p, end - p, longest_run(b) / 4);
       sums.finds_origin = true;
-      reduce<T>(sums, b, p, p + few, c0, c1);
+      reduce<T>(sums, b, p, p + quarter, c0, c1);
       sums.finds_origin = false;
       sums.count = 0;
       reduce<T>(sums, b, p, end, c0, c1);

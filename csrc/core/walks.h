@@ -64,8 +64,8 @@ inline constexpr int64_t kLongPlane = 128;
 // Beside rows, what there is one of for each channel (sums, constants) stands in the order of the lanes, in
 // so many numbers: whole vectors. Beside planes it stands in the order of the channels.
 template <class T>
-FUSEBN_INLINE int64_t in_lanes(int64_t channels) {
-  return ceil_div(channels, Vec<T>::kLanes) * Vec<T>::kLanes;
+FUSEBN_INLINE int64_t in_lanes(Block b, int64_t channels) {
+  return b.inner == 1 ? ceil_div(channels, Vec<T>::kLanes) * Vec<T>::kLanes : channels;
 }
 // From the order of the lanes to that of the channels, n of them.
 template <class T, class N>
@@ -165,7 +165,7 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
   // it, and v[c] would be stored before u[c + kLanes] is loaded.
   alignas(64) Stat<T> sums[2 * (kRowGroup + kLanes) + 512];
   Stat<T>*const u = sums, *const v = sums + kRowGroup + kLanes + 512;
-  const int64_t padded = in_lanes<T>(c1 - c0);
+  const int64_t padded = in_lanes<T>(b, c1 - c0);
   for (int64_t c = 0; c < padded; ++c) u[c] = v[c] = 0;
   int64_t r = p;
   const K local = kernel;  // see map_rows
