@@ -353,14 +353,15 @@ FUSEBN_INLINE void stream(T* p, Vec<T> v) {
 #ifdef __x86_64__
   const Packed<T> packed = pack(v);
   for (int i = 0; i < Packed<T>::kWords; ++i) {
-    char* const to = (char*)p + i * sizeof packed.word[i];
-    if constexpr (sizeof packed.word[i] == 8) _mm_stream_si64((long long*)to, (long long)packed.word[i]);
-    if constexpr (sizeof packed.word[i] == 16) _mm_stream_si128((__m128i*)to, (__m128i)packed.word[i]);
+    const auto word = packed.word[i];
+    char* const to = (char*)p + i * sizeof word;
+    if constexpr (sizeof word == 8) _mm_stream_si64((long long*)to, (long long)word);
+    if constexpr (sizeof word == 16) _mm_stream_si128((__m128i*)to, (__m128i)word);
 #if FUSEBN_AVX512 || FUSEBN_AVX2
-    if constexpr (sizeof packed.word[i] == 32) _mm256_stream_si256((__m256i*)to, (__m256i)packed.word[i]);
+    if constexpr (sizeof word == 32) _mm256_stream_si256((__m256i*)to, (__m256i)word);
 #endif
 #if FUSEBN_AVX512
-    if constexpr (sizeof packed.word[i] == 64) _mm512_stream_si512((__m512i*)to, (__m512i)packed.word[i]);
+    if constexpr (sizeof word == 64) _mm512_stream_si512((__m512i*)to, (__m512i)word);
 #endif
   }
 #else

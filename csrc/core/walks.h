@@ -49,20 +49,21 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-// Of reduce_rows: how many rows a tile has, and how many a task reads at least, so that finding its origin
-// and joining its sums to those of the others is a small part of it.
-inline constexpr int64_t kBand = 8, kLeastRows = 256;
-// How many vectors it has side by side: their sums and constants fit into the registers.
+// Of rows a task reads this many at least: what it does once and what the caller does for it, joining its
+// sums to the others', are then a small part of it.
+inline constexpr int64_t kLeastRows = 256;
+// Of reduce_rows: a tile is so many rows by so many vectors, whose sums and constants fit into the
+// registers; and how many rows ahead memory is asked for.
+inline constexpr int64_t kBand = 8;
 template <class T>
 inline constexpr int kTileWidth = 4 * sizeof(T) / sizeof(Stat<T>);
-// How many rows ahead memory is asked for.
 inline constexpr int64_t kRowsAhead = 16;
 // Of reduce_planes: how many elements ahead, and from how many on a plane has four sums a lane.
 inline constexpr int64_t kPlaneAhead = 1024;
 inline constexpr int64_t kLongPlane = 128;
 
-// Beside rows, what there is one of for each channel (sums, constants) stands in the order of the lanes, in
-// so many numbers: whole vectors. Beside planes it stands in the order of the channels.
+// What there is one of for each channel (sums, constants) stands, beside rows, in the order of the lanes
+// and in whole vectors, so many numbers; beside planes, in the order of the channels.
 template <class T>
 FUSEBN_INLINE int64_t in_lanes(Block b, int64_t channels) {
   return b.inner == 1 ? ceil_div(channels, Vec<T>::kLanes) * Vec<T>::kLanes : channels;
@@ -112,7 +113,8 @@ struct Cut {
     }
     groups = ceil_div(b.channels, group);
     const int64_t tasks = most(1, least(b.elements() / kTaskElements, kMaxTasks));
-    const int64_t wanted = most(ceil_div(b.positions(), ceil_div(tasks, groups)), b.inner == 1 ? kLeastRows : 1);
+    const int64_t wanted = most(ceil_div(b.positions(), ceil_div(tasks, groups)),
+                                b.inner == 1 ? kLeastRows : 1);
     // Whole bands of rows; whole runs, and whole planes where a run holds several of them.
     const int64_t run = longest_run(b);
     const int64_t unit = b.inner == 1 ? kBand : b.inner >= run ? run : (run / b.inner) * b.inner;
@@ -298,8 +300,8 @@ inline constexpr int64_t kMapAhead = 2048;  // elements; half of it is too few, 
 inline constexpr int64_t kPattern = 512;
 
 // The constants of N kinds a channel that `map` hands to its kernel. In rows they are a periodic
-// pattern, one vector longer than the period, so that a vector may begin at any channel. Where the lanes
-// are every other element, the even ones and the odd ones of the pattern stand in tables of their own.
+// pattern, one vector longer than the period, so that a vector may begin at any channel. Where
+// neighbouring lanes are every other element, so are neighbours in a table: there are two of them.
 template <class T, int N>
 class ChannelConstants {
  public:
@@ -326,12 +328,15 @@ class ChannelConstants {
       if (!split_) continue;
       S *const even = of(i, 0), *const odd = of(i, 1);  // where the pattern before was
 #pragma GCC ivdep
-      for (int64_t j = 0; j < stride_ / 2; ++j) even[j] = pattern[2 * j], odd[j] = pattern[2 * j + 1];
+      for (int64_t j = 0; j < stride_ / 2; ++j) {
+        even[j] = pattern[2 * j];
+        odd[j] = pattern[2 * j + 1];
+      }
     }
   }
 
   int64_t period() const { return period_; }
-  // The table of a kind; where there are two, that of the even ones or the odd ones.
+  // The table of a kind; where there are two, that of the even channels or of the odd ones.
   S* of(int kind, int64_t odd = 0) const { return data_ + kind * stride_ + odd * (stride_ / 2); }
 
  private:
@@ -384,7 +389,8 @@ void map_rows(const K kernel, Block b, const ChannelConstants<T, N>& constants, 
   };
   const auto visit = [&](int64_t at, auto lanes) __attribute__((always_inline)) {
     V k[N];
-    for (int i = 0; i < N; ++i) k[i] = load_lanes<T>(first[i] + uint64_t(at) / kStep<T>, second[i] + uint64_t(at) / kStep<T>);
+    const uint64_t lane = uint64_t(at) / kStep<T>;
+    for (int i = 0; i < N; ++i) k[i] = load_lanes<T>(first[i] + lane, second[i] + lane);
     kernel.template visit<true>(e, p, k, lanes);
   };
   const int64_t period = constants.period();
