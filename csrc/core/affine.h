@@ -32,9 +32,9 @@ struct Affine {
 
 // What the activation sees.
 template <class T, class L>
-FUSEBN_INLINE Vec<Stat<T>> preactivation(Vec<Stat<T>> centred, Vec<Stat<T>> a, Vec<Stat<T>> b,
-                                         const T* residual, int64_t e, L lanes) {
-  Vec<Stat<T>> z = fma(centred, a, b);
+FUSEBN_INLINE Vec<T> preactivation(Vec<T> centred, Vec<T> a, Vec<T> b, const T* residual, int64_t e,
+                                   L lanes) {
+  Vec<T> z = fma(centred, a, b);
   if (residual) z = z + load(residual + e, lanes);
   return z;
 }

@@ -22,8 +22,7 @@ namespace {
 template <class T, Activation A>
 struct Sums {
   using S = Stat<T>;
-  using V = Vec<S>;
-  static constexpr int kBytes = V::kLanes * sizeof(T);
+  using V = Vec<T>;
   struct Constants {
     V m, a, b;
   };
@@ -31,23 +30,21 @@ struct Sums {
   const T* dy;
   const T* x;
   const T* residual;
-  const S* m;  // of all channels, like a and b
+  const S* m;  // of all channels, like a and b: see in_lanes
   const S* a;
   const S* b;
-  double* sum_g;    // of the task's channels
+  double* sum_g;    // of the task's channels, in the same order
   double* sum_g_x;  // with x - m
   T* g_out;         // null: not wanted
-  int64_t c0;
   bool two_streams, streaming;
 
   void begin(int64_t, int64_t) {}
 
-  template <class L>
-  FUSEBN_INLINE Constants constants(int64_t c, L lanes) const {
-    return {load(m + c, lanes), load(a + c, lanes), load(b + c, lanes)};
+  FUSEBN_INLINE Constants constants(int64_t c) const {
+    return {load_lanes<T>(m + c), load_lanes<T>(a + c), load_lanes<T>(b + c)};
   }
   FUSEBN_INLINE Constants constant(int64_t c) const {
-    return {splat(m[c]), splat(a[c]), splat(b[c])};
+    return {splat<T>(m[c]), splat<T>(a[c]), splat<T>(b[c])};
   }
 
   FUSEBN_INLINE void prefetch(int64_t e) const {
@@ -58,7 +55,7 @@ struct Sums {
   template <bool rows, class L>
   FUSEBN_INLINE void terms(int64_t e, int64_t, const Constants& k, L lanes, V& u, V& v) const {
     V g = load(dy + e, lanes);  // 0 in dead lanes, and so is what is added
-    const V centred = where_zero(g, splat(S(0)), load(x + e, lanes) - k.m);
+    const V centred = where_zero(g, splat<T>(0), load(x + e, lanes) - k.m);
     if constexpr (A != Activation::identity)
       g = chain<A>(g, preactivation(centred, k.a, k.b, residual, e, lanes));
     if (g_out) write(g_out + e, g, lanes, streaming);
@@ -66,9 +63,8 @@ struct Sums {
     v = fma(g, centred, v);
   }
 
-  FUSEBN_INLINE void join(int64_t c, int64_t n, const S* u, const S* v) {
-    double* const to_u = sum_g + (c - c0);
-    double* const to_v = sum_g_x + (c - c0);
+  FUSEBN_INLINE void join(int64_t n, const S* u, const S* v) {
+    double *const to_u = sum_g, *const to_v = sum_g_x;
 #pragma GCC ivdep
     for (int64_t j = 0; j < n; ++j) {
       to_u[j] += u[j];
@@ -80,39 +76,40 @@ struct Sums {
 template <class T, Activation A>
 void sums_of(const T* dy, const T* x, const T* residual, Block b, const Stat<T>* m, const Stat<T>* a,
              const Stat<T>* offset, double* sum_g, double* sum_g_x, T* g, Executor& executor) {
-  const int64_t channels = b.channels;
+  const int64_t channels = b.channels, padded = in_lanes<T>(b, channels);
   const Cut cut(b);
   const bool two_streams = in_two_streams<T>(b);
   // The vectors of `reduce` begin with a row or a plane: these have to keep g aligned.
   const int64_t line = b.inner == 1 ? channels : b.inner;
   const bool streaming = g && b.elements() * int64_t(sizeof(T)) >= streaming_bytes() &&
-                         line % Vec<Stat<T>>::kLanes == 0 && uintptr_t(g) % kStreamAlign<T> == 0;
-  Scratch<double> partial_g(cut.chunks * channels), partial_g_x(cut.chunks * channels);
+                         line % Vec<T>::kLanes == 0 && uintptr_t(g) % 64 == 0;
+  Scratch<double> partial_g(cut.chunks * padded), partial_g_x(cut.chunks * padded);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
-    const int64_t c1 = least(c0 + cut.group, channels);
+    const int64_t c1 = least(c0 + cut.group, channels), n = in_lanes<T>(b, c1 - c0);
     double task_g[kRowGroup], task_g_x[kRowGroup];  // on the stack: see moments.cpp
-    for (int64_t c = 0; c < c1 - c0; ++c) task_g[c] = task_g_x[c] = 0;
-    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, g, c0, two_streams, streaming};
-    reduce<Stat<T>>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0,
-                    c1);
-    __builtin_memcpy(partial_g + (chunk * channels + c0), task_g, (c1 - c0) * sizeof(double));
-    __builtin_memcpy(partial_g_x + (chunk * channels + c0), task_g_x, (c1 - c0) * sizeof(double));
+    for (int64_t c = 0; c < n; ++c) task_g[c] = task_g_x[c] = 0;
+    Sums<T, A> sums{dy, x, residual, m, a, offset, task_g, task_g_x, g, two_streams, streaming};
+    reduce<T>(sums, b, chunk * cut.chunk, least((chunk + 1) * cut.chunk, b.positions()), c0, c1);
+    __builtin_memcpy(partial_g + (chunk * padded + c0), task_g, n * sizeof(double));
+    __builtin_memcpy(partial_g_x + (chunk * padded + c0), task_g_x, n * sizeof(double));
     if (streaming) fence();
   };
   executor.run(cut.chunks * cut.groups, Task::of(task));
-  for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
-  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk)
-    for (int64_t c = 0; c < channels; ++c) {
-      sum_g[c] += partial_g[chunk * channels + c];
-      sum_g_x[c] += partial_g_x[chunk * channels + c];
+  // The first chunk receives the others.
+  for (int64_t chunk = 1; chunk < cut.chunks; ++chunk)
+    for (int64_t c = 0; c < padded; ++c) {
+      partial_g[c] += partial_g[chunk * padded + c];
+      partial_g_x[c] += partial_g_x[chunk * padded + c];
     }
+  to_channels<T>(b, static_cast<const double*>(partial_g), channels, sum_g);
+  to_channels<T>(b, static_cast<const double*>(partial_g_x), channels, sum_g_x);
 }
 
 template <class T, Activation A>
 struct Backward {
   using S = Stat<T>;
-  using V = Vec<S>;
+  using V = Vec<T>;
   const T* dy;
   const T* x;
   const T* residual;
@@ -132,17 +129,17 @@ struct Backward {
     V g = load(dy + e, lanes), centred;
     if (A != Activation::identity || training) centred = load(x + e, lanes) - m;
     if constexpr (A != Activation::identity)
-      g = chain<A>(g, preactivation(where_zero(g, splat(S(0)), centred), a, b, residual, e, lanes));
+      g = chain<A>(g, preactivation(where_zero(g, splat<T>(0), centred), a, b, residual, e, lanes));
     V result = a * g;
     if (training) {
       V through = fma(centred, q, p);
       if (weights) {
         V w;
         if constexpr (rows)
-          w = splat(weights[position]);
+          w = splat<T>(weights[position]);
         else
-          w = load(weights + position, lanes);
-        const V zero = splat(S(0));
+          w = load_in_order<T>(weights + position, lanes);
+        const V zero = splat<T>(0);
         through = where_less(zero, w, w * through, zero);
       }
       result = result + through;
@@ -162,19 +159,18 @@ void backward_sums(const T* dy, const T* x, Block b, const Normalization<T>& n, 
   for (int64_t c = 0; c < channels; ++c) sum_g[c] = sum_g_x[c] = 0;
   if (b.elements() == 0) return;
 
-  const Folded folded(b, Vec<S>::kLanes);
-  const int64_t copies = folded.main.channels;
-  Scratch<S> m(copies), a(copies), offset(copies);
+  const Folded<T> folded(b);
+  const int64_t copies = folded.main.channels, padded = in_lanes<T>(folded.main, copies);
+  Scratch<S> m(padded), a(padded), offset(padded);
   for (int64_t c = 0; c < channels; ++c) {
     const Affine affine(n, c);
-    m[c] = S(n.mean[c]);
-    a[c] = S(affine.a);
-    offset[c] = S(affine.b(n, c));
+    m[c] = quiet(S(n.mean[c]));
+    a[c] = quiet(S(affine.a));
+    offset[c] = quiet(S(affine.b(n, c)));
   }
-  for (int64_t c = channels; c < copies; ++c) {
-    m[c] = m[c - channels];
-    a[c] = a[c - channels];
-    offset[c] = offset[c - channels];
+  for (S* const values : {&m[0], &a[0], &offset[0]}) {
+    for (int64_t c = channels; c < padded; ++c) values[c] = values[c - channels];
+    to_lanes<T>(folded.main, values, padded);
   }
   Scratch<double> part_g(copies), part_g_x(copies);
   with_activation(n.activation, [&]<Activation A>() {
@@ -201,7 +197,7 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
   if (b.elements() == 0) return;
   // Nothing flows through the statistics of a batch of which nothing was counted.
   const bool training = statistics && statistics->count > 0;
-  ChannelConstants<S, 5> constants(b);
+  ChannelConstants<T, 5> constants(b);
   for (int64_t c = 0; c < b.channels; ++c) {
     const Affine affine(n, c);
     double p = 0, q = 0;
@@ -218,7 +214,7 @@ void backward(const T* dy, const T* x, Block b, const Normalization<T>& n,
   constants.seal();
   const bool streaming = b.elements() * int64_t(sizeof(T)) >= streaming_bytes();
   // Both outputs are streamed if the vectors that are aligned for one are for the other.
-  const bool together = streaming && (uintptr_t(dx) - uintptr_t(dresidual)) % kStreamAlign<T> == 0;
+  const bool together = streaming && (uintptr_t(dx) - uintptr_t(dresidual)) % 64 == 0;
   with_activation(n.activation, [&]<Activation A>() {
     map(Backward<T, A>{dy, x, n.residual, training ? weights : nullptr, dx, dresidual, training,
                        streaming, together},

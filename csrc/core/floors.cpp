@@ -17,7 +17,7 @@ void floor(Floor kind, const float* a, const float* b, float* out, int64_t n, in
   const int64_t vectors = n / kLanes, per_task = kMapElements / kLanes;
   const auto task = [&](int64_t index) {
     const int64_t begin = index * per_task, end = least(begin + per_task, vectors);
-    V sums[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
+    V sums[4] = {splat<float>(0), splat<float>(0), splat<float>(0), splat<float>(0)};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t e = i * kLanes;
       if (ahead) {

@@ -36,36 +36,38 @@ void join(int64_t channels, double n, double* mean, double* m2, double k, const 
 template <class S>
 S total_weight(const S* weights, int64_t n) {
   constexpr int kLanes = Vec<S>::kLanes;
-  Vec<S> total = splat(S(0));
+  Vec<S> total = splat<S>(0);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) total = total + load(weights + i, Full{});
   if (i < n) total = total + load(weights + i, Part{n - i});
   return sum(total);
 }
 
-// The values at position p of the channels c0 .. c1.
+// The values at position p of the channels c0 .. c1; in rows, in the order of the lanes.
 template <class T>
 void read_position(const T* x, Block b, int64_t p, int64_t c0, int64_t c1, Stat<T>* out) {
-  constexpr int kLanes = Vec<Stat<T>>::kLanes;
+  constexpr int kLanes = Vec<T>::kLanes;
   const T* at = x + p / b.inner * b.channels * b.inner + p % b.inner;
   int64_t c = c0;
-  if (b.inner == 1)
-    for (; c + kLanes <= c1; c += kLanes) store(out + c - c0, load(at + c, Full{}), Full{});
-  for (; c < c1; ++c) out[c - c0] = value(at + c * b.inner);
+  if (b.inner == 1) {
+    for (; c + kLanes <= c1; c += kLanes) store_lanes(out + c - c0, load(at + c, Full{}));
+    if (c < c1) store_lanes(out + c - c0, load(at + c, Part{c1 - c}));
+  } else {
+    for (; c < c1; ++c) out[c - c0] = value(at + c * b.inner);
+  }
 }
 
 template <class T>
 struct Sums {
   using S = Stat<T>;
-  using V = Vec<S>;
-  static constexpr int kBytes = V::kLanes * sizeof(T);
+  using V = Vec<T>;
   struct Constants {
     V origin;
   };
 
   const T* x;
   const S* weights;
-  const S* base;  // of the task's channels, like the four below
+  const S* base;  // of the task's channels, like the four below: see in_lanes
   S* origin;
   double* mean;  // of what was joined so far, as a distance from base
   double* m2;
@@ -83,11 +85,8 @@ struct Sums {
     cross = before * share;
   }
 
-  template <class L>
-  FUSEBN_INLINE Constants constants(int64_t c, L lanes) const {
-    return {load(origin + c - c0, lanes)};
-  }
-  FUSEBN_INLINE Constants constant(int64_t c) const { return {splat(origin[c - c0])}; }
+  FUSEBN_INLINE Constants constants(int64_t c) const { return {load_lanes<T>(origin + c - c0)}; }
+  FUSEBN_INLINE Constants constant(int64_t c) const { return {splat<T>(origin[c - c0])}; }
 
   FUSEBN_INLINE void prefetch(int64_t e) const {
     __builtin_prefetch(x + e, 0, 2);
@@ -99,10 +98,10 @@ struct Sums {
     if (weights) {
       V w;
       if constexpr (rows)
-        w = splat(weights[p]);
+        w = splat<T>(weights[p]);
       else
-        w = load(weights + p, lanes);
-      const V zero = splat(S(0));
+        w = load_in_order<T>(weights + p, lanes);
+      const V zero = splat<T>(0);
       d = where_less(zero, w, d, zero);  // weight 0 hides a NaN, too
       wd = w * d;
     } else {
@@ -113,11 +112,10 @@ struct Sums {
     v = fma(wd, d, v);
   }
 
-  FUSEBN_INLINE void join(int64_t c, int64_t n, const S* u, const S* v) {
-    const S* const from = base + (c - c0);
-    S* const o = origin + (c - c0);
-    double* const m = mean + (c - c0);
-    double* const q = m2 + (c - c0);
+  FUSEBN_INLINE void join(int64_t n, const S* u, const S* v) {
+    const S* const from = base;
+    S* const o = origin;
+    double *const m = mean, *const q = m2;
     if (finds_origin) {
       for (int64_t j = 0; j < n; ++j) o[j] = S(o[j] + u[j] * inverse);
       return;
@@ -141,49 +139,53 @@ template <class T>
 double moments_from_base(const T* x, Block b, const Stat<T>* weights, Stat<T>* base, double* mean,
                          double* m2, Executor& executor) {
   using S = Stat<T>;
-  const int64_t channels = b.channels, positions = b.positions();
+  const int64_t channels = b.channels, positions = b.positions(), padded = in_lanes<T>(b, channels);
   int64_t first = 0;
   while (weights && first < positions && weights[first] == 0) ++first;
   if (first == positions) first = 0;
-  read_position(x, b, first, 0, channels, base);
+  Scratch<S> bases(padded);
+  read_position(x, b, first, 0, channels, bases);
 
   const Cut cut(b);
   const bool two_streams = in_two_streams<T>(b);
-  Scratch<double> counts(cut.chunks), means(cut.chunks * channels), m2s(cut.chunks * channels);
+  Scratch<double> counts(cut.chunks), means(cut.chunks * padded), m2s(cut.chunks * padded);
   const auto task = [&](int64_t index) {
     const int64_t chunk = index / cut.groups, c0 = index % cut.groups * cut.group;
-    const int64_t c1 = least(c0 + cut.group, channels);
+    const int64_t c1 = least(c0 + cut.group, channels), n = in_lanes<T>(b, c1 - c0);
     int64_t p = chunk * cut.chunk;
     const int64_t end = least(p + cut.chunk, positions);
     // The first origin must be a value that counts.
     while (weights && p < end && weights[p] == 0) ++p;
-    S origin[kRowGroup];
+    alignas(64) S origin[kRowGroup];
     // On the stack: every run joins them. Side by side with another task's they would share lines of the
     // cache, which travel between the cores at each run: a third of the time, on two.
-    double task_mean[kRowGroup], task_m2[kRowGroup];
-    for (int64_t c = 0; c < c1 - c0; ++c) task_mean[c] = task_m2[c] = 0;
-    Sums<T> sums{x, weights, base + c0, origin, task_mean, task_m2, c0, two_streams};
+    alignas(64) double task_mean[kRowGroup], task_m2[kRowGroup];
+    for (int64_t c = 0; c < n; ++c) task_mean[c] = task_m2[c] = 0;
+    Sums<T> sums{x, weights, bases + c0, origin, task_mean, task_m2, c0, two_streams};
     if (p < end) {
       read_position(x, b, p, c0, c1, origin);
       const int64_t quarter = run_length(b, p, end - p, longest_run(b) / 4);
       sums.finds_origin = true;
-      reduce<S>(sums, b, p, p + quarter, c0, c1);
+      reduce<T>(sums, b, p, p + quarter, c0, c1);
       sums.finds_origin = false;
       sums.count = 0;
-      reduce<S>(sums, b, p, end, c0, c1);
+      reduce<T>(sums, b, p, end, c0, c1);
     }
-    __builtin_memcpy(means + (chunk * channels + c0), task_mean, (c1 - c0) * sizeof(double));
-    __builtin_memcpy(m2s + (chunk * channels + c0), task_m2, (c1 - c0) * sizeof(double));
+    __builtin_memcpy(means + (chunk * padded + c0), task_mean, n * sizeof(double));
+    __builtin_memcpy(m2s + (chunk * padded + c0), task_m2, n * sizeof(double));
     if (c0 == 0) counts[chunk] = sums.count;
   };
   executor.run(cut.chunks * cut.groups, Task::of(task));
 
-  for (int64_t c = 0; c < channels; ++c) mean[c] = m2[c] = 0;
-  double count = 0;
-  for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
-    join(channels, count, mean, m2, counts[chunk], means + chunk * channels, m2s + chunk * channels);
+  // The first chunk receives the others.
+  double count = counts[0];
+  for (int64_t chunk = 1; chunk < cut.chunks; ++chunk) {
+    join(padded, count, means, m2s, counts[chunk], means + chunk * padded, m2s + chunk * padded);
     count += counts[chunk];
   }
+  to_channels<T>(b, static_cast<const S*>(bases), channels, base);
+  to_channels<T>(b, static_cast<const double*>(means), channels, mean);
+  to_channels<T>(b, static_cast<const double*>(m2s), channels, m2);
   return count;
 }
 
@@ -197,7 +199,7 @@ double moments(const T* x, Block b, const Stat<T>* weights, double* mean, double
   if (b.elements() == 0) return 0;
 
   Scratch<S> base(b.channels);
-  Folded folded(b, Vec<S>::kLanes);
+  const Folded<T> folded(b);
   double count = 0;
   if (weights || folded.fold == 1) {
     count = moments_from_base(x, b, weights, base, mean, m2, executor);

@@ -8,7 +8,7 @@ namespace {
 
 template <class T, Activation A>
 struct Normalize {
-  using V = Vec<Stat<T>>;
+  using V = Vec<T>;
   const T* x;
   const T* residual;
   T* out;
@@ -32,7 +32,7 @@ template <class T>
 void normalize(const T* x, Block b, const Normalization<T>& n, T* y, Executor& executor) {
   using S = Stat<T>;
   if (b.elements() == 0) return;
-  ChannelConstants<S, 3> constants(b);
+  ChannelConstants<T, 3> constants(b);
   for (int64_t c = 0; c < b.channels; ++c) {
     const Affine affine(n, c);
     constants.set(c, {S(n.mean[c]), S(affine.a), S(affine.b(n, c))});

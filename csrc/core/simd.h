@@ -1,9 +1,14 @@
-// simd.h: vectors of 64 bytes, whatever the machine has underneath.
+// simd.h: vectors of 64 bytes of elements, whatever the machine has underneath.
 //
-// One Vec is 16 floats or 8 doubles: one register with AVX-512, two with AVX2, four with SSE or
-// NEON. The lane count, and with it the order of every sum, is the same everywhere; fma() is one
-// rounding wherever the hardware has it, and the compiler is told never to invent one
+// A Vec<T> holds 64 bytes of elements of type T, widened to Stat<T>: 16 floats, 8 doubles, or 32 floats
+// where the elements have 16 bits. Sixteen floats are one register with AVX-512, two with AVX2, four
+// with SSE or NEON. The lanes, and with them the order of every sum, are the same everywhere; fma() is
+// one rounding wherever the hardware has it, and the compiler is told never to invent one
 // (-ffp-contract=off). So x86-64-v3 and x86-64-v4 return the same bits.
+//
+// The lanes of a Vec<bfloat16> are its even elements, then its odd ones: a shift and a mask take them
+// out of memory as they lie, where restoring their order would cost more than the arithmetic. What is
+// laid out beside the elements (constants, sums) is laid out like this, too: see `lane_of`.
 //
 // This header is compiled once for each instruction set, inside namespace FUSEBN_TARGET. It uses
 // nothing from the standard library that could end up as a shared (weak) symbol: the linker would
@@ -33,168 +38,205 @@ inline constexpr int kRegister = 16;
 
 #define FUSEBN_INLINE inline __attribute__((always_inline))
 
-// The unsigned integer as wide as S, and the register types. `aligned(1)` loads from anywhere.
-template <class S> struct Lane;
-template <> struct Lane<float> {
-  using Bits = uint32_t;
-};
-template <> struct Lane<double> {
-  using Bits = uint64_t;
-};
 template <class S, int bytes>
 struct RegisterOf {
   typedef S type __attribute__((vector_size(bytes)));
 };
 template <class S>
 using Register = typename RegisterOf<S, kRegister>::type;
+using Bits = Register<uint32_t>;
 
-template <class S>
+template <class T>
 struct Vec {
-  static constexpr int kLanes = 64 / sizeof(S);
-  static constexpr int kParts = 64 / kRegister;
+  using S = Stat<T>;
+  static constexpr int kLanes = 64 / sizeof(T);
+  static constexpr int kParts = kLanes * sizeof(S) / kRegister;
   static constexpr int kPartLanes = kLanes / kParts;
   Register<S> part[kParts];
 };
 
-// Full: all lanes count. Part: only the first n do (0 < n < kLanes).
+// How many elements apart those of neighbouring lanes are, and the lane of an element.
+template <class T>
+inline constexpr int kStep = std::is_same_v<T, bfloat16> ? 2 : 1;
+template <class T>
+constexpr int lane_of(int element) {
+  return element % kStep<T> * (Vec<T>::kLanes / kStep<T>) + element / kStep<T>;
+}
+
+// Full: all elements count. Part: only the first n do (0 < n < kLanes).
 struct Full {};
 struct Part {
   int64_t n;
 };
 
 // Builds a Vec register by register; spelled out, so that the parts never leave their registers.
-template <class S, class F>
-FUSEBN_INLINE Vec<S> each(F f) {
-  Vec<S> r;
+template <class T, class F>
+FUSEBN_INLINE Vec<T> each(F f) {
+  constexpr int n = Vec<T>::kParts;
+  Vec<T> r;
   r.part[0] = f(0);
-  if constexpr (Vec<S>::kParts >= 2) r.part[1] = f(1);
-  if constexpr (Vec<S>::kParts == 4) r.part[2] = f(2), r.part[3] = f(3);
+  if constexpr (n >= 2) r.part[1] = f(1);
+  if constexpr (n >= 4) r.part[2] = f(2), r.part[3] = f(3);
+  if constexpr (n == 8) r.part[4] = f(4), r.part[5] = f(5), r.part[6] = f(6), r.part[7] = f(7);
   return r;
 }
 
-template <class S>
-FUSEBN_INLINE Vec<S> splat(S value) {
-  return each<S>([=](int) { return Register<S>{} + value; });
+template <class T>
+FUSEBN_INLINE Vec<T> splat(Stat<T> value) {
+  return each<T>([=](int) { return Register<Stat<T>>{} + value; });
 }
-template <class S>
-FUSEBN_INLINE Vec<S> operator+(Vec<S> a, Vec<S> b) {
-  return each<S>([=](int i) { return a.part[i] + b.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return each<T>([=](int i) { return a.part[i] + b.part[i]; });
 }
-template <class S>
-FUSEBN_INLINE Vec<S> operator-(Vec<S> a, Vec<S> b) {
-  return each<S>([=](int i) { return a.part[i] - b.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return each<T>([=](int i) { return a.part[i] - b.part[i]; });
 }
-template <class S>
-FUSEBN_INLINE Vec<S> operator*(Vec<S> a, Vec<S> b) {
-  return each<S>([=](int i) { return a.part[i] * b.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return each<T>([=](int i) { return a.part[i] * b.part[i]; });
 }
-template <class S>
-FUSEBN_INLINE Vec<S> operator/(Vec<S> a, Vec<S> b) {
-  return each<S>([=](int i) { return a.part[i] / b.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return each<T>([=](int i) { return a.part[i] / b.part[i]; });
 }
 
 // a < b ? yes : no, lane by lane. A comparison with NaN is false.
-template <class S>
-FUSEBN_INLINE Vec<S> where_less(Vec<S> a, Vec<S> b, Vec<S> yes, Vec<S> no) {
-  return each<S>([=](int i) { return a.part[i] < b.part[i] ? yes.part[i] : no.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> where_less(Vec<T> a, Vec<T> b, Vec<T> yes, Vec<T> no) {
+  return each<T>([=](int i) { return a.part[i] < b.part[i] ? yes.part[i] : no.part[i]; });
 }
 
 // a == 0 ? yes : no.
-template <class S>
-FUSEBN_INLINE Vec<S> where_zero(Vec<S> a, Vec<S> yes, Vec<S> no) {
-  return each<S>([=](int i) { return a.part[i] == S(0) ? yes.part[i] : no.part[i]; });
+template <class T>
+FUSEBN_INLINE Vec<T> where_zero(Vec<T> a, Vec<T> yes, Vec<T> no) {
+  return each<T>([=](int i) { return a.part[i] == Stat<T>(0) ? yes.part[i] : no.part[i]; });
 }
 
 // a * b + c in one rounding where the machine has it (x86-64-v2 has not).
-FUSEBN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-  return each<float>([=](int i) -> Register<float> {
+FUSEBN_INLINE Register<float> fused(Register<float> a, Register<float> b, Register<float> c) {
 #if FUSEBN_AVX512
-    return (Register<float>)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]);
+  return (Register<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif FUSEBN_AVX2
-    return (Register<float>)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+  return (Register<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__ARM_NEON)
-    return (Register<float>)vfmaq_f32((float32x4_t)c.part[i], (float32x4_t)a.part[i],
-                                      (float32x4_t)b.part[i]);
+  return (Register<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
-    return a.part[i] * b.part[i] + c.part[i];
+  return a * b + c;
 #endif
-  });
 }
-FUSEBN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-  return each<double>([=](int i) -> Register<double> {
+FUSEBN_INLINE Register<double> fused(Register<double> a, Register<double> b, Register<double> c) {
 #if FUSEBN_AVX512
-    return (Register<double>)_mm512_fmadd_pd((__m512d)a.part[i], (__m512d)b.part[i],
-                                             (__m512d)c.part[i]);
+  return (Register<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 #elif FUSEBN_AVX2
-    return (Register<double>)_mm256_fmadd_pd((__m256d)a.part[i], (__m256d)b.part[i],
-                                             (__m256d)c.part[i]);
+  return (Register<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 #elif defined(__ARM_NEON)
-    return (Register<double>)vfmaq_f64((float64x2_t)c.part[i], (float64x2_t)a.part[i],
-                                       (float64x2_t)b.part[i]);
+  return (Register<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 #else
-    return a.part[i] * b.part[i] + c.part[i];
+  return a * b + c;
 #endif
-  });
+}
+template <class T>
+FUSEBN_INLINE Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return each<T>([=](int i) { return fused(a.part[i], b.part[i], c.part[i]); });
 }
 
-// The first n lanes of one, then the other's.
-template <class S>
-FUSEBN_INLINE Vec<S> splice(Vec<S> first, int64_t n, Vec<S> other) {
-  alignas(64) static constexpr S kIndex[16] = {0, 1, 2,  3,  4,  5,  6,  7,
-                                               8, 9, 10, 11, 12, 13, 14, 15};
-  Vec<S> index;
-  __builtin_memcpy(&index, kIndex, sizeof index);
-  return where_less(index, splat(S(n)), first, other);
-}
-
-// The lanes that count, 0 in the others.
-template <class S>
-FUSEBN_INLINE Vec<S> keep(Vec<S> v, Full) {
-  return v;
-}
-template <class S>
-FUSEBN_INLINE Vec<S> keep(Vec<S> v, Part lanes) {
-  return splice(v, lanes.n, splat(S(0)));
-}
-
-template <class S, int bytes>
-FUSEBN_INLINE S sum_halves(const S* lanes) {
-  if constexpr (bytes == sizeof(S)) {
+template <class T, int bytes>
+FUSEBN_INLINE Stat<T> sum_halves(const Stat<T>* lanes) {
+  if constexpr (bytes == sizeof(Stat<T>)) {
     return lanes[0];
   } else {
-    typename RegisterOf<S, bytes / 2>::type low, high;
+    typename RegisterOf<Stat<T>, bytes / 2>::type low, high;
     __builtin_memcpy(&low, lanes, bytes / 2);
     __builtin_memcpy(&high, (const char*)lanes + bytes / 2, bytes / 2);
     low = low + high;
-    return sum_halves<S, bytes / 2>((const S*)&low);
+    return sum_halves<T, bytes / 2>((const Stat<T>*)&low);
   }
 }
 
 // The sum of all lanes, by halves: the same order on every machine.
-template <class S>
-FUSEBN_INLINE S sum(Vec<S> v) {
-  return sum_halves<S, 64>((const S*)&v);
+template <class T>
+FUSEBN_INLINE Stat<T> sum(Vec<T> v) {
+  return sum_halves<T, sizeof v>((const Stat<T>*)&v);
 }
 
-// ---- 16-bit elements, one register of 32-bit lanes at a time ----
+// ---- lanes in memory ----
 
-using Bits = Register<uint32_t>;
+// As they are: the first half of them from one place, the second from another.
+template <class T>
+FUSEBN_INLINE Vec<T> load_lanes(const Stat<T>* first, const Stat<T>* second) {
+  using V = Vec<T>;
+  return each<T>([=](int i) {
+    Register<Stat<T>> r;
+    const int half = V::kParts / 2;
+    __builtin_memcpy(&r, i < half ? first + i * V::kPartLanes : second + (i - half) * V::kPartLanes,
+                     sizeof r);
+    return r;
+  });
+}
+template <class T>
+FUSEBN_INLINE Vec<T> load_lanes(const Stat<T>* p) {
+  return load_lanes<T>(p, p + (Vec<T>::kParts / 2) * Vec<T>::kPartLanes);
+}
+template <class T>
+FUSEBN_INLINE void store_lanes(Stat<T>* p, Vec<T> v) {
+  for (int i = 0; i < Vec<T>::kParts; ++i)
+    __builtin_memcpy(p + i * Vec<T>::kPartLanes, &v.part[i], sizeof v.part[i]);
+}
+
+// Numbers that lie in the order of the elements; the lanes that do not count are 0.
+template <class T>
+FUSEBN_INLINE Vec<T> load_in_order(const Stat<T>* p, Full) {
+  using V = Vec<T>;
+  if constexpr (kStep<T> == 1) {
+    return load_lanes<T>(p);
+  } else {
+    constexpr int n = V::kPartLanes, half = V::kParts / 2;
+    return each<T>([=](int i) {
+      Register<float> pair[2];
+      __builtin_memcpy(pair, p + i % half * 2 * n, sizeof pair);
+      Bits every_other;
+      for (int j = 0; j < n; ++j) every_other[j] = 2 * j + i / half;
+      return __builtin_shuffle(pair[0], pair[1], every_other);
+    });
+  }
+}
+template <class T>
+FUSEBN_INLINE Vec<T> load_in_order(const Stat<T>* p, Part lanes) {
+  Stat<T> lane[Vec<T>::kLanes] = {};
+  for (int64_t i = 0; i < lanes.n; ++i) lane[i] = p[i];
+  return load_in_order<T>(lane, Full{});
+}
+
+// The first n elements of one, then the other's.
+template <class T>
+FUSEBN_INLINE Vec<T> splice(Vec<T> first, int64_t n, Vec<T> other) {
+  struct Elements {
+    alignas(64) Stat<T> of[Vec<T>::kLanes];
+    constexpr Elements() : of() {
+      for (int e = 0; e < Vec<T>::kLanes; ++e) of[lane_of<T>(e)] = Stat<T>(e);
+    }
+  };
+  static constexpr Elements kElements;
+  return where_less(load_lanes<T>(kElements.of), splat<T>(Stat<T>(n)), first, other);
+}
+
+// The lanes that count, 0 in the others.
+template <class T>
+FUSEBN_INLINE Vec<T> keep(Vec<T> v, Full) {
+  return v;
+}
+template <class T>
+FUSEBN_INLINE Vec<T> keep(Vec<T> v, Part lanes) {
+  return splice(v, lanes.n, splat<T>(0));
+}
+
+// ---- 16-bit elements ----
+
 typedef uint16_t Halves __attribute__((vector_size(kRegister / 2)));
 
-template <class T>
 FUSEBN_INLINE Register<float> to_float(Halves h) {
-  if constexpr (std::is_same_v<T, bfloat16>) {
-#if FUSEBN_AVX512
-    // Half i goes to half 2 i + 1: one instruction, where widening and shifting are two.
-    alignas(64) static constexpr uint16_t kFrom[32] = {
-        0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
-        0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
-    return (Register<float>)_mm512_maskz_permutexvar_epi16(
-        0xaaaaaaaa, _mm512_load_si512(kFrom), _mm512_castsi256_si512((__m256i)h));
-#else
-    return (Register<float>)(__builtin_convertvector(h, Bits) << 16);
-#endif
-  }
 #if FUSEBN_AVX512
   return (Register<float>)_mm512_cvtph_ps((__m256i)h);
 #elif FUSEBN_AVX2
@@ -213,35 +255,14 @@ FUSEBN_INLINE Register<float> to_float(Halves h) {
 #endif
 }
 
-// Round to nearest, ties to even; a NaN stays one (in bfloat16 the NaN 0x7fc0).
-template <class T>
-FUSEBN_INLINE Halves from_float(Register<float> v) {
-  [[maybe_unused]] const Bits u = (Bits)v;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    // Not the instruction of AVX512-BF16: it flushes denormals to zero, and no other machine does.
-#if FUSEBN_AVX512
-    // As below, with the NaN put in by the first addition and the odd bit added where it is set.
-    const __m512i bits = (__m512i)u;
-    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
-    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-    __m512i r = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, bits,
-                                      _mm512_set1_epi32(0x7fff));
-    r = _mm512_mask_add_epi32(r, odd, r, _mm512_set1_epi32(1));
-    alignas(64) static constexpr uint16_t kUpper[32] = {1,  3,  5,  7,  9,  11, 13, 15,
-                                                        17, 19, 21, 23, 25, 27, 29, 31};
-    return (Halves)_mm512_castsi512_si256(
-        _mm512_permutexvar_epi16(_mm512_load_si512(kUpper), r));
-#else
-    const Bits rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const Bits bits = (u & 0x7fffffff) > 0x7f800000 ? Bits{} + 0x7fc0 : rounded;
-    return __builtin_convertvector(bits, Halves);
-#endif
-  }
+// Round to nearest, ties to even; a NaN stays one.
+FUSEBN_INLINE Halves to_half(Register<float> v) {
 #if FUSEBN_AVX512
   return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif FUSEBN_AVX2
   return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else
+  const Bits u = (Bits)v;
   // In the integer for normal results; for tiny ones by adding 0.5, whose last bit is the last bit
   // of a binary16 denormal.
   const Bits magnitude = u & 0x7fffffff;
@@ -254,16 +275,64 @@ FUSEBN_INLINE Halves from_float(Register<float> v) {
 #endif
 }
 
-// ---- load and store: elements of any type, as lanes of Stat ----
+// Rounds to bfloat16, in the upper half of each lane: to nearest, ties to even. A NaN stays as it is if
+// its lower half is 0. It is: those of elements have no lower half, `quiet` takes it from those of
+// constants, and arithmetic makes none of its own.
+// Not by the instruction of AVX512-BF16: it flushes denormals to zero, and no other machine does.
+FUSEBN_INLINE Bits round_upper(Register<float> v) {
+  const Bits u = (Bits)v;
+#if FUSEBN_AVX512
+  // The last bit that stays is added where it is set: two instructions instead of three.
+  const __mmask16 odd = _mm512_test_epi32_mask((__m512i)u, _mm512_set1_epi32(0x10000));
+  const __m512i r = _mm512_add_epi32((__m512i)u, _mm512_set1_epi32(0x7fff));
+  return (Bits)_mm512_mask_sub_epi32(r, odd, r, _mm512_set1_epi32(-1));
+#else
+  return u + 0x7fff + ((u >> 16) & 1);
+#endif
+}
+template <class S>
+FUSEBN_INLINE S quiet(S constant) {
+  return constant == constant ? constant : S(__builtin_nan(""));
+}
+
+// ---- elements in memory ----
+
+// The 64 bytes of a Vec's elements, as they lie in memory.
+template <class T>
+struct Packed {
+  using Word = std::conditional_t<std::is_same_v<T, float16>, Halves, Bits>;
+  static constexpr int kWords = 64 / sizeof(Word);
+  Word word[kWords];
+};
 
 template <class T>
-FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Full) {
-  using V = Vec<Stat<T>>;
-  return each<Stat<T>>([=](int i) {
-    if constexpr (sizeof(T) == 2) {
+FUSEBN_INLINE Packed<T> pack(Vec<T> v) {
+  Packed<T> r;
+  constexpr int n = Packed<T>::kWords;
+  for (int i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<T, bfloat16>)
+      r.word[i] = round_upper(v.part[i]) >> 16 | (round_upper(v.part[i + n]) & 0xffff0000u);
+    else if constexpr (std::is_same_v<T, float16>)
+      r.word[i] = to_half(v.part[i]);
+    else
+      r.word[i] = (Bits)v.part[i];
+  }
+  return r;
+}
+
+template <class T>
+FUSEBN_INLINE Vec<T> load(const T* p, Full) {
+  using V = Vec<T>;
+  return each<T>([=](int i) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      constexpr int n = Packed<T>::kWords;
+      Bits pairs;
+      __builtin_memcpy(&pairs, p + i % n * 2 * V::kPartLanes, sizeof pairs);
+      return (Register<float>)(i < n ? pairs << 16 : pairs & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, float16>) {
       Halves h;
       __builtin_memcpy(&h, p + i * V::kPartLanes, sizeof h);
-      return to_float<T>(h);
+      return to_float(h);
     } else {
       Register<T> r;
       __builtin_memcpy(&r, p + i * V::kPartLanes, sizeof r);
@@ -272,38 +341,29 @@ FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Full) {
   });
 }
 template <class T>
-FUSEBN_INLINE void store(T* p, Vec<Stat<T>> v, Full) {
-  using V = Vec<Stat<T>>;
-  for (int i = 0; i < V::kParts; ++i) {
-    if constexpr (sizeof(T) == 2) {
-      const Halves h = from_float<T>(v.part[i]);
-      __builtin_memcpy(p + i * V::kPartLanes, &h, sizeof h);
-    } else {
-      __builtin_memcpy(p + i * V::kPartLanes, &v.part[i], sizeof v.part[i]);
-    }
-  }
+FUSEBN_INLINE void store(T* p, Vec<T> v, Full) {
+  const Packed<T> packed = pack(v);
+  for (int i = 0; i < Packed<T>::kWords; ++i)
+    __builtin_memcpy((char*)p + i * sizeof packed.word[i], &packed.word[i], sizeof packed.word[i]);
 }
 
-// Past the cache, to an address that is a multiple of kStreamAlign; fence() before others may read.
+// Past the cache, to an address that is a multiple of 64; fence() before others may read.
 template <class T>
-inline constexpr int64_t kStreamAlign = sizeof(T) * Vec<Stat<T>>::kLanes;
-
-template <class T>
-FUSEBN_INLINE void stream(T* p, Vec<Stat<T>> v) {
+FUSEBN_INLINE void stream(T* p, Vec<T> v) {
 #ifdef __x86_64__
-  alignas(64) char bytes[kStreamAlign<T>];
-  store(reinterpret_cast<T*>(bytes), v, Full{});
-#if FUSEBN_AVX512
-  if constexpr (sizeof bytes == 64)
-    return _mm512_stream_si512((__m512i*)p, _mm512_load_si512((const __m512i*)bytes));
-#endif
+  const Packed<T> packed = pack(v);
+  for (int i = 0; i < Packed<T>::kWords; ++i) {
+    const auto word = packed.word[i];
+    char* const to = (char*)p + i * sizeof word;
+    if constexpr (sizeof word == 8) _mm_stream_si64((long long*)to, (long long)word);
+    if constexpr (sizeof word == 16) _mm_stream_si128((__m128i*)to, (__m128i)word);
 #if FUSEBN_AVX512 || FUSEBN_AVX2
-  for (int i = 0; i < int(sizeof bytes); i += 32)
-    _mm256_stream_si256((__m256i*)((char*)p + i), _mm256_load_si256((const __m256i*)(bytes + i)));
-#else
-  for (int i = 0; i < int(sizeof bytes); i += 16)
-    _mm_stream_si128((__m128i*)((char*)p + i), _mm_load_si128((const __m128i*)(bytes + i)));
+    if constexpr (sizeof word == 32) _mm256_stream_si256((__m256i*)to, (__m256i)word);
 #endif
+#if FUSEBN_AVX512
+    if constexpr (sizeof word == 64) _mm512_stream_si512((__m512i*)to, (__m512i)word);
+#endif
+  }
 #else
   store(p, v, Full{});
 #endif
@@ -315,31 +375,37 @@ FUSEBN_INLINE void fence() {
 #endif
 }
 
-// The lanes that do not count are read as 0 and never written.
+// The elements that do not count are read as 0 and never written.
 template <class T>
-FUSEBN_INLINE Vec<Stat<T>> load(const T* p, Part lanes) {
+FUSEBN_INLINE Vec<T> load(const T* p, Part lanes) {
+  T element[Vec<T>::kLanes] = {};
 #if FUSEBN_AVX512
-  const unsigned mask = (1u << lanes.n) - 1;
-  if constexpr (sizeof(T) == 2) return {to_float<T>((Halves)_mm256_maskz_loadu_epi16(mask, p))};
-  if constexpr (sizeof(T) == 4) return {(Register<float>)_mm512_maskz_loadu_ps(mask, p)};
-  if constexpr (sizeof(T) == 8) return {(Register<double>)_mm512_maskz_loadu_pd(mask, p)};
+  const uint64_t mask = (uint64_t(1) << lanes.n) - 1;
+  __m512i r;
+  if constexpr (sizeof(T) == 2) r = _mm512_maskz_loadu_epi16(__mmask32(mask), p);
+  if constexpr (sizeof(T) == 4) r = _mm512_maskz_loadu_epi32(__mmask16(mask), p);
+  if constexpr (sizeof(T) == 8) r = _mm512_maskz_loadu_epi64(__mmask8(mask), p);
+  __builtin_memcpy(element, &r, sizeof r);
+#else
+  for (int64_t i = 0; i < lanes.n; ++i) element[i] = p[i];
 #endif
-  T lane[Vec<Stat<T>>::kLanes] = {};
-  for (int64_t i = 0; i < lanes.n; ++i) lane[i] = p[i];
-  return load(lane, Full{});
+  return load(element, Full{});
 }
 template <class T>
-FUSEBN_INLINE void store(T* p, Vec<Stat<T>> v, Part lanes) {
+FUSEBN_INLINE void store(T* p, Vec<T> v, Part lanes) {
+  const Packed<T> packed = pack(v);
 #if FUSEBN_AVX512
-  const unsigned mask = (1u << lanes.n) - 1;
-  if constexpr (sizeof(T) == 2)
-    return _mm256_mask_storeu_epi16(p, mask, (__m256i)from_float<T>(v.part[0]));
-  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, mask, (__m512)v.part[0]);
-  if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, mask, (__m512d)v.part[0]);
+  const uint64_t mask = (uint64_t(1) << lanes.n) - 1;
+  __m512i r;
+  __builtin_memcpy(&r, &packed, sizeof r);
+  if constexpr (sizeof(T) == 2) _mm512_mask_storeu_epi16(p, __mmask32(mask), r);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_epi32(p, __mmask16(mask), r);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(p, __mmask8(mask), r);
+#else
+  T element[Vec<T>::kLanes];
+  __builtin_memcpy(element, &packed, sizeof packed);
+  for (int64_t i = 0; i < lanes.n; ++i) p[i] = element[i];
 #endif
-  T lane[Vec<Stat<T>>::kLanes];
-  store(lane, v, Full{});
-  for (int64_t i = 0; i < lanes.n; ++i) p[i] = lane[i];
 }
 
 // One element.

@@ -22,14 +22,17 @@ FUSEBN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class S>
 class Scratch {
  public:
-  explicit Scratch(int64_t count) : data_(static_cast<S*>(::operator new(sizeof(S) * count))) {}
-  ~Scratch() { ::operator delete(data_); }
+  explicit Scratch(int64_t count)
+      : taken_(::operator new(sizeof(S) * count + 63)),
+        data_(reinterpret_cast<S*>((reinterpret_cast<uintptr_t>(taken_) + 63) / 64 * 64)) {}
+  ~Scratch() { ::operator delete(taken_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator S*() { return data_; }
 
  private:
-  S* data_;
+  void* taken_;
+  S* data_;  // at the beginning of a line of the cache: a vector that lies in two is two loads
 };
 
 // ---- reduce ----
@@ -46,11 +49,49 @@ inline constexpr int64_t kMaxPlaneGroup = 64;
 // A run is summed in the lanes; 64 terms a lane keep the rounding error of float below 64 / 2^25 in
 // the worst case and near 8 / 2^25 in practice. Runs are joined in double.
 inline constexpr int64_t kRunTerms = 64;
-// Of reduce_rows: how many rows ahead memory is asked for.
+// Of rows a task reads this many at least: what it does once and what the caller does for it, joining its
+// sums to the others', are then a small part of it.
+inline constexpr int64_t kLeastRows = 256;
+// Of reduce_rows: a tile is so many rows by so many vectors, whose sums and constants fit into the
+// registers; and how many rows ahead memory is asked for.
+inline constexpr int64_t kBand = 8;
+template <class T>
+inline constexpr int kTileWidth = 4 * sizeof(T) / sizeof(Stat<T>);
 inline constexpr int64_t kRowsAhead = 16;
 // Of reduce_planes: how many elements ahead, and from how many on a plane has four sums a lane.
 inline constexpr int64_t kPlaneAhead = 1024;
 inline constexpr int64_t kLongPlane = 128;
+
+// What there is one of for each channel (sums, constants) stands, beside rows, in the order of the lanes
+// and in whole vectors, so many numbers; beside planes, in the order of the channels.
+template <class T>
+FUSEBN_INLINE int64_t in_lanes(Block b, int64_t channels) {
+  return b.inner == 1 ? ceil_div(channels, Vec<T>::kLanes) * Vec<T>::kLanes : channels;
+}
+// From the order of the lanes to that of the channels, n of them.
+template <class T, class N>
+void to_channels(Block b, const N* lanes, int64_t n, N* channels) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  int64_t c = 0;
+  if (kStep<T> > 1 && b.inner == 1) {
+    for (; c + kLanes <= n; c += kLanes)
+#pragma GCC ivdep
+      for (int i = 0; i < kLanes / 2; ++i) {
+        channels[c + 2 * i] = lanes[c + i];
+        channels[c + 2 * i + 1] = lanes[c + kLanes / 2 + i];
+      }
+    for (int i = 0; c < n; ++i, ++c) channels[c] = lanes[c - i + lane_of<T>(i)];
+  } else {
+    __builtin_memcpy(channels, lanes, n * sizeof(N));
+  }
+}
+// From the order of the channels to that of the lanes, n of them, in place; n is of whole vectors.
+template <class T>
+void to_lanes(Block b, Stat<T>* values, int64_t n) {
+  if (kStep<T> > 1 && b.inner == 1)
+    for (int64_t c = 0; c < n; c += Vec<T>::kLanes)
+      store_lanes(values + c, load_in_order<T>(values + c, Full{}));
+}
 
 // The positions of the longest run: kRunTerms for each sum that a channel has.
 FUSEBN_INLINE int64_t longest_run(Block b) {
@@ -72,10 +113,11 @@ struct Cut {
     }
     groups = ceil_div(b.channels, group);
     const int64_t tasks = most(1, least(b.elements() / kTaskElements, kMaxTasks));
-    const int64_t wanted = ceil_div(b.positions(), ceil_div(tasks, groups));
-    // Whole runs, and whole planes where a run holds several of them.
+    const int64_t wanted = most(ceil_div(b.positions(), ceil_div(tasks, groups)),
+                                b.inner == 1 ? kLeastRows : 1);
+    // Whole bands of rows; whole runs, and whole planes where a run holds several of them.
     const int64_t run = longest_run(b);
-    const int64_t unit = b.inner >= run ? run : (run / b.inner) * b.inner;
+    const int64_t unit = b.inner == 1 ? kBand : b.inner >= run ? run : (run / b.inner) * b.inner;
     chunk = ceil_div(wanted, unit) * unit;
     chunks = ceil_div(b.positions(), chunk);
   }
@@ -100,14 +142,14 @@ bool in_two_streams(Block b) {
 
 // A kernel for `reduce` sums two terms a channel. It offers
 //   prefetch(e)                 element e will be read soon
-//   kBytes                      that a vector of elements has: a line is asked for once
 //   begin(p, n)                 a run of n positions starts at p
-//   Constants constants(c, lanes), Constants constant(c)
-//                               what the terms need of the channels c.. side by side, or of c alone
+//   Constants constants(c), Constants constant(c)
+//                               what the terms need of the channels c.. side by side (rows, c = c0 + a
+//                               multiple of the lanes), or of c alone (planes)
 //   terms<rows>(e, p, k, lanes, u, v)
 //                               adds the terms of the elements e.. at the position p (rows), or at
 //                               the positions p.. (planes), to u and v; dead lanes are ignored
-//   join(c, n, u, v)            the run's sums of the channels c .. c + n
+//   join(n, u, v)               the run's sums of the task's channels, n of them, padded (in_lanes)
 //   two_streams                 see in_two_streams
 //
 // A band of rows is read tile by tile, so that the sums stay in registers for a while. The hardware
@@ -117,24 +159,26 @@ bool in_two_streams(Block b) {
 // Where the rows are long and memory is the limit, that order takes a third longer than reading in
 // few streams. There a band is two rows and a tile one vector, and the sums wait in L1. Either way a
 // lane adds the same terms in the same order.
-template <class S, class K>
+template <class T, class K>
 void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
-  constexpr int kLanes = Vec<S>::kLanes;
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
   // 512 lanes between them: a load that agrees in its last 12 bits with a store just before waits for
   // it, and v[c] would be stored before u[c + kLanes] is loaded.
-  S sums[2 * (kRowGroup + kLanes) + 512];
-  S *const u = sums, *const v = sums + kRowGroup + kLanes + 512;
-  for (int64_t c = 0; c < c1 - c0 + kLanes; ++c) u[c] = v[c] = 0;
+  alignas(64) Stat<T> sums[2 * (kRowGroup + kLanes) + 512];
+  Stat<T>*const u = sums, *const v = sums + kRowGroup + kLanes + 512;
+  const int64_t padded = in_lanes<T>(b, c1 - c0);
+  for (int64_t c = 0; c < padded; ++c) u[c] = v[c] = 0;
   int64_t r = p;
   const K local = kernel;  // see map_rows
   const auto tile = [&]<int rows, int width>(int64_t c, auto lanes) {
-    Vec<S> sum_u[width], sum_v[width];
+    V sum_u[width], sum_v[width];
     typename K::Constants k[width];
     for (int j = 0; j < width; ++j) {
       const int64_t at = c + j * kLanes;
-      sum_u[j] = load(u + at - c0, Full{});
-      sum_v[j] = load(v + at - c0, Full{});
-      k[j] = local.constants(at, lanes);
+      sum_u[j] = load_lanes<T>(u + at - c0);
+      sum_v[j] = load_lanes<T>(v + at - c0);
+      k[j] = local.constants(at);
     }
     // Not unrolled: the hardware tells streams apart by their load instructions, and narrow rows take a
     // fifth longer with one for each row.
@@ -142,12 +186,12 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < width; ++j) {
         const int64_t e = (r + i) * b.channels + c + j * kLanes;
-        if (j * K::kBytes % 64 == 0) local.prefetch(e + kRowsAhead * b.channels);
+        local.prefetch(e + kRowsAhead * b.channels);
         local.template terms<true>(e, r + i, k[j], lanes, sum_u[j], sum_v[j]);
       }
     for (int j = 0; j < width; ++j) {
-      store(u + c + j * kLanes - c0, sum_u[j], Full{});
-      store(v + c + j * kLanes - c0, sum_v[j], Full{});
+      store_lanes(u + c + j * kLanes - c0, sum_u[j]);
+      store_lanes(v + c + j * kLanes - c0, sum_v[j]);
     }
   };
   const auto band = [&]<int rows, int width>() {
@@ -160,29 +204,30 @@ void reduce_rows(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c
   };
   if (kernel.two_streams)
     while (r + 2 <= p + n) band.template operator()<2, 1>();
-  while (r + 8 <= p + n) band.template operator()<8, 4>();
-  while (r < p + n) band.template operator()<1, 4>();
-  kernel.join(c0, c1 - c0, u, v);
+  while (r + kBand <= p + n) band.template operator()<kBand, kTileWidth<T>>();
+  while (r < p + n) band.template operator()<1, kTileWidth<T>>();
+  kernel.join(padded, u, v);
 }
 
 // A run lies inside one plane of each channel, or is made of whole planes. Memory order: for every
 // outer index the planes of the group are neighbours, so their sums wait side by side in L1.
-template <class S, class K>
+template <class T, class K>
 void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t c1) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  Vec<S> u[kMaxPlaneGroup], v[kMaxPlaneGroup];
-  for (int64_t c = c0; c < c1; ++c) u[c - c0] = v[c - c0] = splat(S(0));
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  V u[kMaxPlaneGroup], v[kMaxPlaneGroup];
+  for (int64_t c = c0; c < c1; ++c) u[c - c0] = v[c - c0] = splat<T>(0);
   for (int64_t at = p; at < p + n;) {
     const int64_t i0 = at % b.inner, length = least(b.inner - i0, p + n - at);
     for (int64_t c = c0; c < c1; ++c) {
       const auto k = kernel.constant(c);
       const int64_t e = (at / b.inner * b.channels + c) * b.inner + i0;
-      Vec<S> su = u[c - c0], sv = v[c - c0];
+      V su = u[c - c0], sv = v[c - c0];
       int64_t i = 0;
       if (length >= kLongPlane) {
         // Four sums, since one would wait for its own last addition.
-        Vec<S> fu[4], fv[4];
-        for (int j = 0; j < 4; ++j) fu[j] = fv[j] = splat(S(0));
+        V fu[4], fv[4];
+        for (int j = 0; j < 4; ++j) fu[j] = fv[j] = splat<T>(0);
         for (; i + 4 * kLanes <= length; i += 4 * kLanes)
           for (int j = 0; j < 4; ++j) {
             const int64_t ij = i + j * kLanes;
@@ -202,35 +247,37 @@ void reduce_planes(K& kernel, Block b, int64_t p, int64_t n, int64_t c0, int64_t
     }
     at += length;
   }
-  S lane_u[kMaxPlaneGroup], lane_v[kMaxPlaneGroup];
-  for (int64_t c = 0; c < c1 - c0; ++c) lane_u[c] = sum(u[c]), lane_v[c] = sum(v[c]);
-  kernel.join(c0, c1 - c0, lane_u, lane_v);
+  Stat<T> sum_u[kMaxPlaneGroup], sum_v[kMaxPlaneGroup];
+  for (int64_t c = 0; c < c1 - c0; ++c) sum_u[c] = sum(u[c]), sum_v[c] = sum(v[c]);
+  kernel.join(c1 - c0, sum_u, sum_v);
 }
 
 // Sums over the positions [p0, p1) for the channels [c0, c1).
-template <class S, class K>
+template <class T, class K>
 void reduce(K& kernel, Block b, int64_t p0, int64_t p1, int64_t c0, int64_t c1) {
   for (int64_t p = p0, n; p < p1; p += n) {
     n = run_length(b, p, p1 - p, longest_run(b));
     kernel.begin(p, n);
     if (b.inner == 1)
-      reduce_rows<S>(kernel, b, p, n, c0, c1);
+      reduce_rows<T>(kernel, b, p, n, c0, c1);
     else
-      reduce_planes<S>(kernel, b, p, n, c0, c1);
+      reduce_planes<T>(kernel, b, p, n, c0, c1);
   }
 }
 
 // Few channels side by side would leave most lanes idle. The same memory is also `fold` times as
 // many channels in that many times fewer rows, with the lanes full; what does not divide is a
 // block of its own. The caller joins the copies of a channel afterwards.
+template <class T>
 struct Folded {
   int64_t fold;
   Block main, rest;
   int64_t rest_at;  // element where `rest` begins
 
-  Folded(Block b, int lanes) : fold(1), main(b), rest{0, b.channels, 1}, rest_at(b.elements()) {
-    if (b.inner != 1 || b.channels >= 4 * lanes) return;
-    while (fold * b.channels % lanes) fold *= 2;
+  explicit Folded(Block b) : fold(1), main(b), rest{0, b.channels, 1}, rest_at(b.elements()) {
+    constexpr int kLanes = Vec<T>::kLanes;
+    if (b.inner != 1 || b.channels >= kTileWidth<T> * kLanes) return;
+    while (fold * b.channels % kLanes) fold *= 2;
     if (fold == 1 || b.outer < fold) {
       fold = 1;
       return;
@@ -253,42 +300,67 @@ inline constexpr int64_t kMapAhead = 2048;  // elements; half of it is too few, 
 inline constexpr int64_t kPattern = 512;
 
 // The constants of N kinds a channel that `map` hands to its kernel. In rows they are a periodic
-// pattern, one vector longer than the period, so that a vector may begin at any channel.
-template <class S, int N>
+// pattern, one vector longer than the period, so that a vector may begin at any channel. Where
+// neighbouring lanes are every other element, so are neighbours in a table: there are two of them.
+template <class T, int N>
 class ChannelConstants {
  public:
-  ChannelConstants(Block b)
+  using S = Stat<T>;
+
+  explicit ChannelConstants(Block b)
       : channels_(b.channels),
-        period_(b.inner == 1 ? b.channels * least(ceil_div(kPattern, b.channels), b.outer)
-                             : b.channels),
-        stride_(b.inner == 1 ? period_ + Vec<S>::kLanes : period_),
-        data_(N * stride_) {}
+        split_(kStep<T> > 1 && b.inner == 1),
+        period_(channels_),
+        stride_(ceil_div(channels_, 16) * 16),
+        data_(room(b)) {}
 
   void set(int64_t c, const S (&values)[N]) {
-    for (int i = 0; i < N; ++i) of(i)[c] = values[i];
+    for (int i = 0; i < N; ++i) in_order(i)[c] = quiet(values[i]);
   }
   // Once all are set: repeats them, twice as many at a time, to the end of the pattern.
   void seal() {
-    for (int i = 0; i < N; ++i)
+    for (int i = 0; i < N; ++i) {
+      S* const pattern = in_order(i);
       for (int64_t done = channels_, n; done < stride_; done += n) {
         n = least(done, stride_ - done);
-        __builtin_memcpy(of(i) + done, of(i), n * sizeof(S));
+        __builtin_memcpy(pattern + done, pattern, n * sizeof(S));
       }
+      if (!split_) continue;
+      S *const even = of(i, 0), *const odd = of(i, 1);  // where the pattern before was
+#pragma GCC ivdep
+      for (int64_t j = 0; j < stride_ / 2; ++j) {
+        even[j] = pattern[2 * j];
+        odd[j] = pattern[2 * j + 1];
+      }
+    }
   }
 
   int64_t period() const { return period_; }
-  S* of(int kind) const { return data_ + kind * stride_; }
+  // The table of a kind; where there are two, that of the even channels or of the odd ones.
+  S* of(int kind, int64_t odd = 0) const { return data_ + kind * stride_ + odd * (stride_ / 2); }
 
  private:
-  int64_t channels_, period_, stride_;
+  S* in_order(int kind) const { return of(kind + split_); }
+  int64_t room(Block b) {
+    if (b.inner == 1) {
+      const int64_t even = channels_ % kStep<T> ? channels_ * kStep<T> : channels_;
+      period_ = even * least(ceil_div(kPattern, even), ceil_div(b.elements(), even));
+      stride_ = ceil_div(period_ + Vec<T>::kLanes + 1, 32) * 32;
+    }
+    return (N + split_) * stride_;
+  }
+
+  int64_t channels_;
+  bool split_;
+  int64_t period_, stride_;
   mutable Scratch<S> data_;
 };
 
 // Elements until out + e may be streamed to, at most `end - e`.
 template <class T>
 int64_t until_aligned(const T* out, int64_t e, int64_t end) {
-  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(out + e) % kStreamAlign<T>);
-  return beyond ? least((kStreamAlign<T> - beyond) / int64_t(sizeof(T)), end - e) : 0;
+  const int64_t beyond = int64_t(reinterpret_cast<uintptr_t>(out + e) % 64);
+  return beyond ? least((64 - beyond) / int64_t(sizeof(T)), end - e) : 0;
 }
 
 // A kernel for `map` writes `out` and is called as kernel.visit<rows>(e, p, k, lanes): the elements
@@ -299,54 +371,68 @@ int64_t until_aligned(const T* out, int64_t e, int64_t end) {
 //
 // Kernels and tables of constants are copied to where no other name can reach them: the compiler has
 // to expect that a store to `out` changes anything else, and would read them again for every vector.
-template <class S, int N, class K>
-void map_rows(const K kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
+template <class T, int N, class K>
+void map_rows(const K kernel, Block b, const ChannelConstants<T, N>& constants, int64_t e,
               int64_t end, int64_t p) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  const S* table[N];
-  for (int i = 0; i < N; ++i) table[i] = constants.of(i);
-  const auto visit = [=](int64_t at, int64_t e, auto lanes) {
-    Vec<S> k[N];
-    for (int i = 0; i < N; ++i) k[i] = load(table[i] + at, Full{});
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  const Stat<T>*first[N], *second[N];  // where the lanes of a vector's first and second half lie
+  const auto begin_at = [&](int64_t at) __attribute__((always_inline)) {
+    for (int i = 0; i < N; ++i)
+      if constexpr (kStep<T> == 1) {
+        first[i] = constants.of(i);
+        second[i] = first[i] + V::kParts / 2 * V::kPartLanes;
+      } else {
+        first[i] = constants.of(i, at % 2);
+        second[i] = constants.of(i, 1 - at % 2) + at % 2;
+      }
+  };
+  const auto visit = [&](int64_t at, auto lanes) __attribute__((always_inline)) {
+    V k[N];
+    const uint64_t lane = uint64_t(at) / kStep<T>;
+    for (int i = 0; i < N; ++i) k[i] = load_lanes<T>(first[i] + lane, second[i] + lane);
     kernel.template visit<true>(e, p, k, lanes);
   };
   const int64_t period = constants.period();
   int64_t at = e % b.channels;
+  begin_at(at);
   if (const int64_t head = until_aligned(kernel.out, e, end)) {
-    visit(at, e, Part{head});
+    visit(at, Part{head});
     e += head;
-    at = (at + head) % b.channels;
+    at = (at + head) % period;
+    begin_at(at);
   }
   while (e + kLanes <= end) {
     int64_t vectors = least((end - e) / kLanes, ceil_div(period - at, kLanes));
     for (; vectors > 0; --vectors, e += kLanes, at += kLanes) {
       if (kernel.streaming) kernel.prefetch(e + kMapAhead);
-      visit(at, e, Full{});
+      visit(at, Full{});
     }
     if (at >= period) at -= period;
   }
-  if (e < end) visit(at, e, Part{end - e});
+  if (e < end) visit(at, Part{end - e});
 }
 
 // Goes through planes as if there were none, so that short ones have no heads and tails of their own: a
 // vector that begins in one plane and ends in another takes its constants from both. (The position p is
 // that of the first plane: where the kernel reads it, `map` hands over one plane at a time.)
-template <class S, int N, class K>
-void map_planes(const K kernel, Block b, const ChannelConstants<S, N>& constants, int64_t e,
+template <class T, int N, class K>
+void map_planes(const K kernel, Block b, const ChannelConstants<T, N>& constants, int64_t e,
                 int64_t end, int64_t p) {
-  constexpr int kLanes = Vec<S>::kLanes;
-  const S* table[N];
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  const Stat<T>* table[N];
   for (int i = 0; i < N; ++i) table[i] = constants.of(i);
   int64_t c = e / b.inner % b.channels, left = b.inner - e % b.inner;  // of the plane
-  Vec<S> k[N];
-  for (int i = 0; i < N; ++i) k[i] = splat(table[i][c]);
+  V k[N];
+  for (int i = 0; i < N; ++i) k[i] = splat<T>(table[i][c]);
   const auto visit = [&](int64_t n, auto lanes) __attribute__((always_inline)) {
-    Vec<S> spliced[N];
+    V spliced[N];
     for (int i = 0; i < N; ++i) spliced[i] = k[i];
     for (; left < n; left += b.inner) {
       c = c + 1 < b.channels ? c + 1 : 0;
       for (int i = 0; i < N; ++i) {
-        k[i] = splat(table[i][c]);
+        k[i] = splat<T>(table[i][c]);
         spliced[i] = splice(spliced[i], left, k[i]);
       }
     }
@@ -371,7 +457,7 @@ void map_planes(const K kernel, Block b, const ChannelConstants<S, N>& constants
 }
 
 template <class T, class L>
-FUSEBN_INLINE void write(T* p, Vec<Stat<T>> v, L lanes, bool streaming) {
+FUSEBN_INLINE void write(T* p, Vec<T> v, L lanes, bool streaming) {
   if constexpr (std::is_same_v<L, Full>)
     if (streaming) return stream(p, v);
   store(p, v, lanes);
@@ -382,8 +468,8 @@ FUSEBN_INLINE void write(T* p, Vec<Stat<T>> v, L lanes, bool streaming) {
 //
 // The walk goes from the end to the beginning: it follows a reduction that went the other way, and
 // what that one read last is still in the cache.
-template <class S, int N, class K>
-void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool located,
+template <class T, int N, class K>
+void map(const K& kernel, Block b, const ChannelConstants<T, N>& constants, bool located,
          Executor& executor) {
   const int64_t total = b.elements(), tasks = ceil_div(total, kMapElements);
   const int64_t line = b.inner == 1 ? b.channels : b.inner;
@@ -394,9 +480,9 @@ void map(const K& kernel, Block b, const ChannelConstants<S, N>& constants, bool
       const int64_t at = e / line;  // the row or plane
       const int64_t stop = located ? least((at + 1) * line, end) : end;
       if (b.inner == 1)
-        map_rows<S, N>(kernel, b, constants, e, stop, at);
+        map_rows<T, N>(kernel, b, constants, e, stop, at);
       else
-        map_planes<S, N>(kernel, b, constants, e, stop, at / b.channels * b.inner + e % b.inner);
+        map_planes<T, N>(kernel, b, constants, e, stop, at / b.channels * b.inner + e % b.inner);
       e = stop;
     }
     if (kernel.streaming) fence();
