@@ -90,6 +90,11 @@ FUSEBN_INLINE Vec<T> activate(Vec<T> z) {
   return z;
 }
 
+// Whether `chain` only chooses between dy and multiples of it: where dy is 0, z may then be anything.
+template <Activation A>
+inline constexpr bool kSelects = A == Activation::identity || A == Activation::relu ||
+                                 A == Activation::relu6 || A == Activation::leaky_relu;
+
 // dy * activation'(z).
 template <Activation A, class T>
 FUSEBN_INLINE Vec<T> chain(Vec<T> dy, Vec<T> z) {

@@ -128,8 +128,10 @@ struct Backward {
     const auto& [m, a, b, p, q] = k;
     V g = load(dy + e, lanes), centred;
     if (A != Activation::identity || training) centred = load(x + e, lanes) - m;
-    if constexpr (A != Activation::identity)
-      g = chain<A>(g, preactivation(where_zero(g, splat<T>(0), centred), a, b, residual, e, lanes));
+    if constexpr (A != Activation::identity) {
+      const V seen = kSelects<A> ? centred : where_zero(g, splat<T>(0), centred);
+      g = chain<A>(g, preactivation(seen, a, b, residual, e, lanes));
+    }
     V result = a * g;
     if (training) {
       V through = fma(centred, q, p);
