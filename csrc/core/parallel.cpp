@@ -38,18 +38,6 @@ int cores_we_may_use() {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a worker looks for another job before it sleeps: about what it costs to wake it (measured
-// in a virtual machine: 35 to 60 us, and 16 of the caller) and what a caller may do between two jobs
-// (40 us, an interpreter whose code has left the cache). So looking in vain costs hardly more than it
-// could have saved.
-constexpr Clock::duration kLooking = std::chrono::microseconds(100);
-
-void pause() {
-#ifdef __x86_64__
-  __builtin_ia32_pause();
-#endif
-}
-
 class Pool final : public Executor {
  public:
   void run(int64_t count, Task task) override {
@@ -81,7 +69,7 @@ class Pool final : public Executor {
 
   void serve() {
     for (;;) {
-      for (const auto end = Clock::now() + kLooking; !is_wanted() && Clock::now() < end;) pause();
+      look_for([this] { return is_wanted(); });
       std::shared_ptr<Job> job;
       {
         std::unique_lock lock(mutex_);
