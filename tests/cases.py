@@ -65,6 +65,7 @@ SHAPES = (
     Shape((4, 64, 1024), "inner of 4 KiB of floats: a whole number of runs"),
     Shape((200_003, 3, 1), "a huge, prime-ish outer: many runs, few channels, several threads"),
     Shape((10_007, 17, 1), "several runs and a tail in both directions"),
+    Shape((520, 1103, 1), "several groups of channels, several tasks for each, a tail in both"),
 )
 
 EMPTY_SHAPES = (

@@ -805,6 +805,26 @@ def test_normalize_past_two_to_the_31(channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", _core.instruction_sets())
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_a_nan_of_any_bits_is_one_in_bfloat16(bits: int, instruction_set: str) -> None:
+    _core.set_instruction_set(instruction_set)
+    one = int(np.float32(1).view(np.uint32))
+    x, scale = np.ones((4, 3), cases.BFLOAT16), np.array([one, bits, one], np.uint32).view("f4")
+    for name in ("mean", "scale", "offset"):
+        given = {"mean": np.zeros(3), "scale": np.ones(3), "offset": np.zeros(3)} | {name: scale}
+        y = fusebn.fused_batch_norm(
+            x, given["scale"], given["offset"], given["mean"], np.ones(3), data_format="NC",
+            is_training=False,
+        ).y  # fmt: skip
+        assert np.isnan(y).tolist() == [[False, True, False]] * 4
+    dx = fusebn.fused_batch_norm_grad(
+        x, x, scale, None, np.zeros(3), np.ones(3), data_format="NC", is_training=False,
+        activation="silu",
+    ).dx  # fmt: skip
+    assert np.isnan(dx).tolist() == [[False, True, False]] * 4
+
+
+@pytest.mark.parametrize("instruction_set", _core.instruction_sets())
 def test_silu_and_gelu_vanish_far_below_zero(instruction_set: str) -> None:
     _core.set_instruction_set(instruction_set)
     z = np.array([[-1e38], [-200.0], [-90.0], [90.0], [1e38]], np.float32)
